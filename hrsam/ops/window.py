@@ -1,0 +1,220 @@
+"""Plain and padded-shifted window attention over packed token grids.
+
+Each grid is padded at the top and left by ``(window − shift) mod window`` and at the bottom and right to whole windows, then
+cut into non-overlapping windows in row-major order.  There is no cyclic roll and no mask between regions: a window holds
+true neighbours and padding.  With window 4, shift 2 on a 4×4 grid (``p`` padding, letters windows)::
+
+    shift 0: A A A A      shift 2: p p p p p p p p
+             A A A A               p p p p p p p p
+             A A A A               p p A A B B p p      every token sees its own window:
+             A A A A               p p A A B B p p      here 4 tokens and 12 padding slots
+                                   p p C C D D p p
+                                   p p C C D D p p
+                                   …
+
+* Who sees whom: a token sees the tokens of its window and, if ``pad_kv`` is given, that window's padding slots.
+* Exact.  Token order inside a window does not matter beyond the rotary positions.
+* Padding is read but never asks (KV-only padding): one learned key and value row, rotated at its own slot.  The padded-query
+  form of HRSAM's first version is the same function.
+* Without ``pad_kv`` padding slots are left out; a window always holds at least one real token, so no query is without keys.
+* Gradients for q, k, v and ``pad_kv``.
+* Source: HRSAM (arXiv 2407.02109), "Flash Swin" and "KV-only padding".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hrsam.layout import Layout
+from hrsam.ops.rope import Rope, angles, rotate, window_table
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Index tables of one layout, window and shift.
+
+    ``token_of_slot`` int64 (windows · window²,): packed token of each slot, 0 where the slot is padding;
+    ``is_token`` bool, same length: False for padding; ``slot_of_token`` int64 (T,): the inverse.
+    """
+
+    token_of_slot: Tensor
+    is_token: Tensor
+    slot_of_token: Tensor
+
+
+def window_padding(rows: int, cols: int, window: int, shift: int) -> tuple[int, int, int, int]:
+    """Padding of a grid as (top, left, bottom, right), in tokens."""
+    before = (window - shift) % window
+    bottom = -(rows + before) % window
+    right = -(cols + before) % window
+    return before, before, bottom, right
+
+
+@lru_cache(maxsize=256)
+def window_plan(layout: Layout, window: int, shift: int, device: torch.device) -> WindowPlan:
+    """Index tables for :func:`window_attention`; cached by value."""
+    parts = []
+    for (rows, cols), start in zip(layout.grids, layout.starts):
+        top, left, bottom, right = window_padding(rows, cols, window, shift)
+        grid = torch.arange(start, start + rows * cols).view(rows, cols)
+        grid = F.pad(grid, (left, right, top, bottom), value=-1)
+        tiles = grid.view(grid.shape[0] // window, window, grid.shape[1] // window, window)
+        parts.append(tiles.transpose(1, 2).reshape(-1))
+    slots = torch.cat(parts)
+    is_token = slots >= 0
+    slot_of_token = torch.empty(layout.tokens, dtype=torch.int64)
+    slot_of_token[slots[is_token]] = torch.nonzero(is_token).squeeze(1)
+    return WindowPlan(slots.clamp(min=0).to(device), is_token.to(device), slot_of_token.to(device))
+
+
+class _ToSlots(torch.autograd.Function):
+    """Tokens (T, F) -> slots (S, F), padding slots filled with ``pad`` (F,).
+
+    Each token has exactly one slot, so the backward pass is a gather too: no atomics, deterministic.
+    """
+
+    @staticmethod
+    def forward(ctx, x, pad, token_of_slot, is_token, slot_of_token):
+        ctx.save_for_backward(is_token, slot_of_token)
+        return torch.where(is_token.unsqueeze(1), x[token_of_slot], pad)
+
+    @staticmethod
+    def backward(ctx, grad):
+        is_token, slot_of_token = ctx.saved_tensors
+        on_pad = torch.where(is_token.unsqueeze(1), grad.new_zeros(()), grad)
+        on_pad = on_pad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
+        return grad[slot_of_token], on_pad, None, None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """Slots (S, F) -> tokens (T, F); what padding slots hold is dropped."""
+
+    @staticmethod
+    def forward(ctx, y, token_of_slot, is_token, slot_of_token):
+        ctx.save_for_backward(token_of_slot, is_token)
+        return y[slot_of_token]
+
+    @staticmethod
+    def backward(ctx, grad):
+        token_of_slot, is_token = ctx.saved_tensors
+        return torch.where(is_token.unsqueeze(1), grad[token_of_slot], grad.new_zeros(())), None, None, None
+
+
+def attend_windows(q, k, v, pad_k, pad_v, cos, sin, mask, token_of_slot, is_token, slot_of_token):
+    """The tensor-only core: slots, rotation, attention, back to tokens.
+
+    ``q`` (T, N, D), ``k`` (T, Nk, D), ``v`` (T, Nk, Dv); ``pad_k`` (Nk, D) and ``pad_v`` (Nk, Dv) fill padding slots;
+    ``cos``, ``sin`` (window², D / 2); ``mask`` (windows, 1, 1, window²), True where a slot may be read, or ``None``.
+    """
+
+    def windows(x, pad):
+        slots = _ToSlots.apply(x.flatten(1), pad.flatten(), token_of_slot, is_token, slot_of_token)
+        return slots.view(-1, cos.shape[0], *x.shape[1:])
+
+    def rotated(x):
+        return rotate(x, cos.unsqueeze(1), sin.unsqueeze(1))
+
+    pad_k, pad_v = pad_k.to(k.dtype), pad_v.to(v.dtype)
+    slot_q = rotated(windows(q, q.new_zeros(q.shape[1:])))
+    slot_k, slot_v = rotated(windows(k, pad_k)), windows(v, pad_v)
+    if k.shape[1] != q.shape[1]:
+        slot_k, slot_v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=2) for t in (slot_k, slot_v))
+    out = F.scaled_dot_product_attention(
+        slot_q.transpose(1, 2), slot_k.transpose(1, 2), slot_v.transpose(1, 2), attn_mask=mask
+    )
+    out = out.transpose(1, 2).flatten(2).flatten(0, 1)
+    return _ToTokens.apply(out, token_of_slot, is_token, slot_of_token).unflatten(1, (q.shape[1], v.shape[2]))
+
+
+def torch_window_attention(q, k, v, layout, *, rope, window, shift, pad_kv):
+    plan = window_plan(layout, window, shift, q.device)
+    work = torch.promote_types(q.dtype, torch.float32)
+    if rope is None:
+        cos = torch.ones(window * window, q.shape[2] // 2, dtype=work, device=q.device)
+        sin = torch.zeros_like(cos)
+    else:
+        cos, sin = window_table(rope, window, q.shape[2], q.device, work)
+    if pad_kv is None:
+        pad_kv = k.new_zeros(k.shape[1:]), v.new_zeros(v.shape[1:])
+        mask = plan.is_token.view(-1, 1, 1, window * window)
+    else:
+        mask = None
+    tables = plan.token_of_slot, plan.is_token, plan.slot_of_token
+    return attend_windows(q, k, v, pad_kv[0], pad_kv[1], cos, sin, mask, *tables)
+
+
+def naive_window_attention(q, k, v, layout, *, rope, window, shift, pad_kv):
+    """The definition: pad the grid, rotate at padded-grid positions, one softmax a query over its window."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(work), k.to(work), v.to(work)
+    repeats = q.shape[1] // k.shape[1]
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=work, device=q.device)
+    for (rows, cols), start in zip(layout.grids, layout.starts):
+        top, left, _, _ = window_padding(rows, cols, window, shift)
+        for y in range(rows):
+            for x in range(cols):
+                y0, x0 = (y + top) // window * window, (x + left) // window * window
+                keys, values, places = [], [], []
+                for py in range(y0, y0 + window):
+                    for px in range(x0, x0 + window):
+                        ky, kx = py - top, px - left
+                        if 0 <= ky < rows and 0 <= kx < cols:
+                            keys.append(k[start + ky * cols + kx])
+                            values.append(v[start + ky * cols + kx])
+                        elif pad_kv is not None:
+                            keys.append(pad_kv[0].to(work))
+                            values.append(pad_kv[1].to(work))
+                        else:
+                            continue
+                        places.append((py, px))
+                query, key = q[start + y * cols + x], torch.stack(keys)
+                value = torch.stack(values).repeat_interleave(repeats, dim=1)
+                if rope is not None:
+                    phi = angles(rope, torch.tensor(places, device=q.device), q.shape[2]).unsqueeze(1)
+                    key = rotate(key, phi.cos().to(work), phi.sin().to(work))
+                    phi = angles(rope, torch.tensor([y + top, x + left], device=q.device), q.shape[2])
+                    query = rotate(query, phi.cos().to(work), phi.sin().to(work))
+                key = key.repeat_interleave(repeats, dim=1)
+                weights = torch.einsum("nd,knd->nk", query, key).mul(q.shape[2] ** -0.5).softmax(dim=1)
+                out[start + y * cols + x] = torch.einsum("nk,kne->ne", weights, value)
+    return out
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    rope: Rope | None = None,
+    window: int = 16,
+    shift: int = 0,
+    pad_kv: tuple[Tensor, Tensor] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention inside windows of each grid.
+
+    ``q`` (T, N, D), ``k`` (T, Nk, D), ``v`` (T, Nk, Dv), unrotated, ``Nk`` divides ``N`` -> (T, N, Dv) in q's dtype.
+    ``pad_kv``: key (Nk, D), unrotated, and value (Nk, Dv) of every padding slot.  Softmax scale is D^-½.
+    ``impl``: ``"naive"`` (definition), ``"torch"``, or ``"auto"``.
+    Raises ``ValueError`` for shapes that do not fit, or an implementation that does not exist.
+    """
+    if q.shape[0] != layout.tokens or k.shape[0] != layout.tokens or v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"the layout has {layout.tokens} tokens; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"key heads must divide query heads and share their size; got q {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+    if not 0 <= shift < window:
+        raise ValueError(f"the shift must be in [0, {window}); got {shift}")
+    functions = {"naive": naive_window_attention, "torch": torch_window_attention, "auto": torch_window_attention}
+    if impl not in functions:
+        raise ValueError(f"window attention has no implementation {impl!r}; choose one of {', '.join(functions)}")
+    return functions[impl](q, k, v, layout, rope=rope, window=window, shift=shift, pad_kv=pad_kv).to(q.dtype)
