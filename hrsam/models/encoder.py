@@ -1,0 +1,194 @@
+"""HRSAM and HRSAM++ image encoder (arXiv 2407.02109): one class, the anchor map is an option.
+
+Sizes for one 1024-pixel picture and HRSAM++: the picture and a 512-pixel copy of it (the anchor map) go through the same
+16×16 patch embedding, giving grids of 64×64 and 32×32 tokens that are packed into one sequence of 5,120.  Twelve window
+attention blocks follow; at four of them a cycle scan carries information along each grid (before the block) and from one
+grid to the other (after it).  These four stages are joined into a map of 256 channels at 1/16 of the picture's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrsam.layout import Layout, token_images
+from hrsam.models.block import Block, CycleScan
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Architecture.  ``mixers`` is tiled over the depth; ``anchor_side`` pixels, or ``None`` for HRSAM without "++"."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    patch: int = 16
+    pretrained_grid: int = 14
+    mixers: tuple[tuple[str, dict], ...] = field(
+        default=(("window", {"window": 16, "shift": 0}), ("window", {"window": 16, "shift": 8}))
+    )
+    scan_at: tuple[int, ...] = (2, 5, 8, 11)
+    state: int = 32
+    cycles: int = 3
+    anchor_side: int | None = None
+    out_channels: int = 256
+    drop_path: float = 0.0
+
+
+class Encoder(nn.Module):
+    """Normalised pixels -> feature map.  See :meth:`forward` and :meth:`encode`."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        width, stages = config.width, len(config.scan_at)
+        self.anchor_side = config.anchor_side
+        self.patch_embed = nn.Conv2d(3, width, config.patch, config.patch)
+        # One class slot in front, as in the MAE weights it starts from; it is never used.
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.pretrained_grid**2, width))
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.mlp_ratio, *config.mixers[i % len(config.mixers)])
+            for i in range(config.depth)
+        )
+        self.scans = nn.ModuleList(CycleScan(width, config.state, config.cycles) for _ in range(stages))
+        lateral_in = width
+        if config.anchor_side is not None:
+            self.scans_across = nn.ModuleList(CycleScan(width, config.state, config.cycles) for _ in range(stages))
+            self.fusion_norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(stages))
+            lateral_in = 2 * width
+        self.laterals = nn.ModuleList(
+            nn.Sequential(nn.Linear(lateral_in, config.out_channels, bias=False), nn.LayerNorm(config.out_channels))
+            for _ in range(stages)
+        )
+        self.out_conv = nn.Conv2d(
+            config.out_channels, config.out_channels, 3, padding=1, groups=config.out_channels, bias=False
+        )
+        self.out_norm = nn.LayerNorm(config.out_channels)
+        self.apply(_init_linear)
+        for module in self.modules():
+            if isinstance(module, CycleScan):
+                module.reset_steps()
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """``pixels`` (B, 3, H, W) normalised, H and W multiples of the patch -> (B, out_channels, H/16, W/16).
+
+        Raises ``ValueError`` for another shape.
+        """
+        self._check(pixels)
+        tokens, layout = self._embed(pixels)
+        return self._stages(tokens, layout)[0]
+
+    def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Pictures of any sizes in one packed call: each (3, Hi, Wi), as in :meth:`forward` -> (out_channels, hi, wi) each.
+
+        The result of an image does not depend on what else is in the call.
+        """
+        if not images:
+            raise ValueError("got no images to encode; give at least one (3, H, W) tensor")
+        parts, grids, owners = [], [], []
+        for index, image in enumerate(images):
+            self._check(image.unsqueeze(0))
+            tokens, layout = self._embed(image.unsqueeze(0))
+            parts.append(tokens)
+            grids += layout.grids
+            owners += [index] * len(layout.grids)
+        maps = self._stages(torch.cat(parts), Layout(tuple(grids), tuple(owners)))
+        return [m[i] for m in maps for i in range(m.shape[0])]
+
+    def _check(self, pixels: Tensor) -> None:
+        patch = self.config.patch
+        if (
+            pixels.ndim != 4
+            or pixels.shape[1] != 3
+            or pixels.shape[2] % patch
+            or pixels.shape[3] % patch
+            or 0 in pixels.shape
+        ):
+            raise ValueError(
+                f"the encoder takes (B, 3, H, W) with H and W multiples of {patch}; got {tuple(pixels.shape)}: "
+                "pad the picture at the bottom and right with zeros after normalising it"
+            )
+
+    def _embed(self, pixels: Tensor) -> tuple[Tensor, Layout]:
+        """Patches and positions of a batch of equal size -> packed tokens and their layout."""
+        count, _, height, width = pixels.shape
+        scales = [pixels]
+        if self.anchor_side is not None:
+            size = (self.anchor_side, self.anchor_side)
+            scales.append(
+                pixels if (height, width) == size else F.interpolate(pixels, size, mode="bilinear", align_corners=False)
+            )
+        tokens, grids = [], []
+        for scale in scales:
+            patches = self.patch_embed(scale)
+            grids.append((patches.shape[2], patches.shape[3]))
+            tokens.append(patches.flatten(2).transpose(1, 2) + self._positions(grids[-1]))
+        owners = tuple(image for image in range(count) for _ in grids)
+        return torch.cat(tokens, dim=1).flatten(0, 1), Layout(tuple(grids) * count, owners)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding (h·w, C) of a token grid: the pretrained grid enlarged bilinearly."""
+        side = self.config.pretrained_grid
+        table = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        if grid != (side, side):
+            table = F.interpolate(table, grid, mode="bilinear", align_corners=False)
+        return table.flatten(2).transpose(1, 2)[0]
+
+    def _keep(self, index: int, layout: Layout, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Stochastic depth of block ``index``: whole images are dropped, never single tokens."""
+        rate = self.config.drop_path * index / max(1, self.config.depth - 1)
+        if not self.training or rate == 0.0:
+            return None
+        images = token_images(layout, like.device)
+        draw = torch.rand(2, layout.num_images, 1, device=like.device)
+        first, second = ((draw >= rate) / (1.0 - rate)).to(like.dtype)[:, images]
+        return first, second
+
+    def _stages(self, x: Tensor, layout: Layout) -> list[Tensor]:
+        """Blocks and scans over packed tokens; one (n, out_channels, h, w) map for each run of equal images."""
+        fused: list[Tensor] | None = None
+        for index, block in enumerate(self.blocks):
+            stage = self.config.scan_at.index(index) if index in self.config.scan_at else None
+            if stage is not None:
+                x = self.scans[stage](x, layout, across=False)
+            x = block(x, layout, self._keep(index, layout, x))
+            if stage is not None:
+                if self.anchor_side is not None:
+                    x = self.scans_across[stage](x, layout, across=True)
+                parts = self._lateral(stage, x, layout)
+                fused = parts if fused is None else [a + b for a, b in zip(fused, parts)]
+        assert fused is not None
+        out = []
+        for part in fused:
+            part = self.out_conv(part.permute(0, 3, 1, 2))
+            out.append(self.out_norm(part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return out
+
+    def _lateral(self, stage: int, x: Tensor, layout: Layout) -> list[Tensor]:
+        """One stage's contribution, (n, h, w, out_channels) for each run of equal images."""
+        maps = []
+        for start, count, grids in layout.runs:
+            length = sum(rows * cols for rows, cols in grids)
+            tokens = x[start : start + count * length].view(count, length, -1)
+            rows, cols = grids[0]
+            full = tokens[:, : rows * cols].unflatten(1, (rows, cols))
+            if self.anchor_side is not None:
+                anchor = tokens[:, rows * cols :].unflatten(1, grids[1]).permute(0, 3, 1, 2)
+                anchor = F.interpolate(anchor, (rows, cols), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+                norm = self.fusion_norms[stage]
+                full = torch.cat((norm(full), norm(anchor)), dim=-1)
+            maps.append(self.laterals[stage](full))
+        return maps
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

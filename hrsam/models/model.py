@@ -1,0 +1,152 @@
+"""The whole model: encode a picture once, decode once a click."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrsam.models.decoder import MaskDecoder
+from hrsam.models.encoder import Encoder, EncoderConfig
+from hrsam.models.prompt import BOX_FIRST, BOX_SECOND, NOT_A_POINT, PromptEncoder
+from hrsam.models.sam_vit import SamVit, SamVitConfig
+
+RGB_MEAN = (123.675, 116.28, 103.53)
+RGB_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture and how pixels are to be prepared.
+
+    ``mean`` and ``std`` on the 0–255 scale, for channel 0, 1, 2 as the encoder sees them; ``bgr``: the encoder's channel 0
+    is blue (the authors' released weights); ``decoder``: False for a file that holds an encoder only.
+    """
+
+    preset: str
+    encoder: EncoderConfig | SamVitConfig
+    mean: tuple[float, float, float] = RGB_MEAN
+    std: tuple[float, float, float] = RGB_STD
+    bgr: bool = False
+    decoder: bool = True
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What the model remembers of a picture.  ``features`` and ``positions``: (1, 256, h, w)."""
+
+    features: Tensor
+    positions: Tensor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the feature map."""
+        return self.features.shape[2], self.features.shape[3]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the model's input in pixels."""
+        return 16 * self.features.shape[2], 16 * self.features.shape[3]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """``logits`` (B, M, 4h, 4w), a pixel belongs to the object where they are above 0; ``iou`` (B, M) predicted IoU."""
+
+    logits: Tensor
+    iou: Tensor
+
+
+class HRSAM(nn.Module):
+    """Encoder, prompt encoder and mask decoder.  Made by :func:`hrsam.build` or :func:`hrsam.load`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = SamVit(config.encoder) if isinstance(config.encoder, SamVitConfig) else Encoder(config.encoder)
+        if config.decoder:
+            self.prompt_encoder = PromptEncoder()
+            self.mask_decoder = MaskDecoder()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """(3, H, W) RGB in [0, 1] -> what the encoder takes, before padding: (3, H, W)."""
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"an image is (3, H, W) RGB in [0, 1]; got {tuple(image.shape)}")
+        image = image.to(self.device, torch.float32)
+        if self.config.bgr:
+            image = image.flip(0)
+        mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (self.config.mean, self.config.std))
+        return (image * 255 - mean) / std
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Tensor]) -> list[Embedding]:
+        """Pictures of any sizes, each (3, H, W) float RGB in [0, 1] -> one :class:`Embedding` each, h = ⌈H / 16⌉.
+
+        Each is padded at the bottom and right to a multiple of 16 with the mean colour.  All go through the encoder in one
+        packed call; the result of one is the same whatever else is in the call.
+        """
+        ready = []
+        for image in images:
+            image = self.normalise(image)
+            ready.append(F.pad(image, (0, -image.shape[2] % 16, 0, -image.shape[1] % 16)))
+        return self.encode_normalised(ready)
+
+    @torch.no_grad()
+    def encode_normalised(self, images: Sequence[Tensor]) -> list[Embedding]:
+        """As :meth:`encode` for pictures that are already normalised and padded (:meth:`hrsam.frame.Frame.prepare`)."""
+        features = self.encoder.encode([image.to(self.device) for image in images])
+        grids = {(f.shape[1], f.shape[2]) for f in features}
+        positions = {grid: torch.empty(0, device=self.device) for grid in grids}
+        if self.config.decoder:
+            positions = {grid: self.prompt_encoder.dense_positions(grid) for grid in grids}
+        return [Embedding(f.unsqueeze(0), positions[f.shape[1], f.shape[2]]) for f in features]
+
+    def decode(
+        self,
+        embedding: Embedding,
+        points: Tensor,
+        labels: Tensor,
+        box: Tensor | None = None,
+        previous: Tensor | None = None,
+        masks: Sequence[int] = (0,),
+    ) -> Decoded:
+        """Masks for prompts on one embedding, or one prompt for each image of a batched embedding.
+
+        Coordinates are (x, y) in pixels of the model's input, (0, 0) the centre of the first pixel.  ``points`` (B, P, 2),
+        ``labels`` (B, P): 1 positive, 0 negative, −1 SAM's "not a point"; ``box`` (B, 4): x0, y0, x1, y1;
+        ``previous`` (B, 1, 4h, 4w): logits of the round before.  ``masks``: 0 is the single answer, 1–3 SAM's three guesses.
+        Raises ``ValueError`` for an empty prompt, shapes that do not fit, or a model without a decoder.
+        """
+        if not self.config.decoder:
+            raise ValueError(
+                "this model was converted with --encoder-only and has no prompt encoder and mask decoder; "
+                "convert a file that holds them, or use model.encoder for features"
+            )
+        if points.ndim != 3 or points.shape[2] != 2 or labels.shape != points.shape[:2]:
+            raise ValueError(
+                f"points are (B, P, 2), labels (B, P); got {tuple(points.shape)} and {tuple(labels.shape)}"
+            )
+        if points.shape[1] == 0 and box is None and previous is None:
+            raise ValueError("an empty prompt has no answer; give at least one click, a box or an earlier mask")
+        batch = points.shape[0]
+        if box is None:
+            points = torch.cat((points, points.new_zeros(batch, 1, 2)), dim=1)
+            labels = torch.cat((labels, labels.new_full((batch, 1), NOT_A_POINT)), dim=1)
+        else:
+            points = torch.cat((points, box.view(batch, 2, 2).to(points.dtype)), dim=1)
+            corners = torch.tensor([[BOX_FIRST, BOX_SECOND]], dtype=labels.dtype, device=labels.device)
+            labels = torch.cat((labels, corners.expand(batch, 2)), dim=1)
+        sparse = self.prompt_encoder.sparse(points, labels, embedding.size)
+        dense = self.prompt_encoder.dense(previous, batch, embedding.grid)
+        features = embedding.features
+        if features.shape[0] != batch:
+            features = features.expand(batch, -1, -1, -1)
+        logits, iou = self.mask_decoder(features, embedding.positions, sparse, dense, masks)
+        return Decoded(logits, iou)
