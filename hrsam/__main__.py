@@ -1,0 +1,5 @@
+"""``python -m hrsam`` is the ``hrsam`` command."""
+
+from hrsam.cli import main
+
+main()

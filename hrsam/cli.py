@@ -1,0 +1,172 @@
+"""The ``hrsam`` command: each sub-command parses its arguments and calls one function of the package."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+DEFAULT_MODEL = "hrsam_pp_t.starter"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Cut objects out of high-resolution pictures by clicking.",
+)
+
+Model = Annotated[str, typer.Option("--model", help="A tag such as hrsam_pp_t.starter, or a .safetensors file.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, … or auto: cuda when there is one.")]
+Side = Annotated[int, typer.Option("--side", min=64, help="Longest side of the model's input in pixels.")]
+
+
+@app.callback()
+def _setup(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is chosen and done.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+@app.command()
+def demo(
+    model: Model = DEFAULT_MODEL,
+    device: Device = "auto",
+    side: Side = 1024,
+    clicks: Annotated[int, typer.Option(min=1, max=20, help="Clicks of the simulated user.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for the overlay; made when missing.")] = Path("out"),
+    serve: Annotated[bool, typer.Option(help="Go on to the click page afterwards, where it exists.")] = True,
+) -> None:
+    """Cut the bundled photograph with a few clicks and show how good each mask is."""
+    from hrsam.demo import tour
+
+    loaded = _load(model, device)
+    out.mkdir(parents=True, exist_ok=True)
+    tour(loaded, out / "demo.png", clicks=clicks, side=side, say=typer.echo)
+    if serve:
+        typer.echo("This version has no click page yet; try `hrsam predict PHOTO --click X,Y --out mask.png`.")
+
+
+@app.command()
+def predict(
+    photo: Annotated[Path, typer.Argument(help="JPEG, PNG, WebP, TIFF or BMP.")],
+    click: Annotated[
+        Optional[list[str]],  # noqa: UP045 - Typer reads the annotation at run time on Python 3.10 too
+        typer.Option(
+            "--click", help="X,Y on the object or X,Y,0 beside it, in pixels of the photo. Repeatable, in order."
+        ),
+    ] = None,
+    box: Annotated[Optional[str], typer.Option("--box", help="X0,Y0,X1,Y1 in pixels.")] = None,  # noqa: UP045
+    model: Model = DEFAULT_MODEL,
+    side: Side = 1024,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option("--out", help="Mask, PNG with 0 and 255.")] = Path("mask.png"),
+    overlay: Annotated[Optional[Path], typer.Option("--overlay", help="Photo with the mask drawn on it.")] = None,  # noqa: UP045
+    json: Annotated[Optional[Path], typer.Option("--json", help="Every round: mask, predicted IoU, times.")] = None,  # noqa: UP045
+) -> None:
+    """Cut an object out of a photo:  hrsam predict cat.jpg --click 400,300 --click 80,90,0 --out mask.png"""
+    from hrsam.clicks import parse_click
+    from hrsam.predict import predict_file
+    from hrsam.session import parse_box
+
+    clicks = [parse_click(text) for text in click or ()]
+    corners = None if box is None else parse_box(box)
+    if not clicks and corners is None:
+        raise ValueError("there is nothing to go by; give at least one --click X,Y or a --box X0,Y0,X1,Y1")
+    if not photo.is_file():
+        raise ValueError(f"there is no photo {photo}; give the path of a JPEG, PNG, WebP, TIFF or BMP file")
+    cut = predict_file(
+        photo, clicks, corners, _load(model, device), side=side, out=out, overlay_out=overlay, json_out=json
+    )
+    for note in cut.report["notes"]:
+        typer.echo(f"note: {note}", err=True)
+    last = cut.report["rounds"][-1]
+    typer.echo(
+        f"{out}: {last['area']} pixels, predicted IoU {last['predicted_iou']:.2f}, "
+        f"encode {cut.report['encode_ms']:.0f} ms, last click {last['decode_ms']:.0f} ms"
+    )
+
+
+@app.command()
+def models() -> None:
+    """List architectures and trained weights."""
+    from hrsam.weights import describe_models
+
+    for line in describe_models():
+        typer.echo(line)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which implementation will run and how much memory an encode takes."""
+    from hrsam.doctor import report
+
+    for line in report():
+        typer.echo(line)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The authors', Meta's or MAE's checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    origin: Annotated[str, typer.Option("--from", help="hrsam, sam or mae.")],
+    encoder_only: Annotated[bool, typer.Option("--encoder-only", help="The file holds no decoder.")] = False,
+    preset: Annotated[Optional[str], typer.Option(help="Architecture to build from an MAE file.")] = None,  # noqa: UP045
+    decoder_from: Annotated[Optional[Path], typer.Option(help="SAM checkpoint with a decoder, for MAE.")] = None,  # noqa: UP045
+) -> None:
+    """Turn foreign weights into a safetensors file:  hrsam convert sam_vit_b.pth sam_b.safetensors --from sam"""
+    from hrsam.weights import convert as convert_file
+
+    summary = convert_file(source, target, origin, encoder_only=encoder_only, preset=preset, decoder_from=decoder_from)
+    for name, value in summary.items():
+        typer.echo(f"{name}: {value}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, for instance configs/hrsam_pp_t_starter.yaml.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, for instance seed=1.")] = None,  # noqa: UP045
+    stop_after: Annotated[float, typer.Option(help="Seconds after which to save and stop.")] = float("inf"),
+) -> None:
+    """Train with simulated clicks; continues a run that was stopped.  Several devices: accelerate launch -m hrsam …"""
+    from hrsam.config import read_settings
+    from hrsam.train import TrainSettings
+    from hrsam.train import train as run
+
+    typer.echo(run(read_settings(TrainSettings, config, overrides or ()), stop_after=stop_after))
+
+
+def _load(name: str, device: str):
+    """Load a model onto a device, both named by a person."""
+    import torch
+
+    from hrsam.weights import load
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"there is no device {device!r}; use cpu, cuda, cuda:0, … or auto") from None
+    if where.type == "cuda" and (not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"the device {device} is not available here; use --device cpu or auto")
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"the device {device!r} is not supported; use cpu, cuda or auto")
+    return load(name, device=device)
+
+
+def main() -> None:
+    """Run the command line; what a user did wrong is one sentence on stderr and exit code 2."""
+    try:
+        app(prog_name="hrsam")  # also under `python -m hrsam`
+    except (ValueError, OSError) as err:
+        if "--verbose" in sys.argv or "-v" in sys.argv:
+            raise
+        typer.echo(f"hrsam: {' '.join(str(err).split())}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
