@@ -20,7 +20,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option("--model", help="A tag such as hrsam_pp_t.starter, or a .safetensors file.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, … or auto: cuda when there is one.")]
-Side = Annotated[int, typer.Option("--side", min=64, help="Longest side of the model's input in pixels.")]
+Side = Annotated[int, typer.Option("--side", min=64, max=16384, help="Longest side of the model's input in pixels.")]
 
 
 @app.callback()

@@ -28,7 +28,7 @@ from hrsam.data.transforms import CanvasSettings, PhotoBank, make_batch
 from hrsam.losses import dice_loss, iou_target, normalized_focal_loss
 from hrsam.models.encoder import Encoder
 from hrsam.models.model import HRSAM, Embedding
-from hrsam.models.presets import PRESETS
+from hrsam.models.presets import build
 
 log = logging.getLogger("hrsam")
 
@@ -293,10 +293,10 @@ def train(settings: TrainSettings, *, stop_after: float = math.inf, bank: PhotoB
     cuda = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    torch.manual_seed(settings.seed)
+    model = build(settings.preset)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings.seed)
-    model = HRSAM(PRESETS[settings.preset]())
     optimizer_state, step = None, 0
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if (out / "state.pt").exists():
@@ -355,8 +355,11 @@ def train(settings: TrainSettings, *, stop_after: float = math.inf, bank: PhotoB
         meter.add(loss, ious, phase.batch * processes)
         if step % settings.log_every == 0 or step == settings.steps:
             meter.write(step, norm, quiet=rank != 0)
-        if step % settings.save_every == 0 and rank == 0:
-            save()
+        if step % settings.save_every == 0:
+            meter.check(step)
+            if rank == 0:
+                save()
+    meter.check(step)
     if rank == 0:
         save()
     accelerator.wait_for_everyone()
@@ -384,8 +387,14 @@ class Meter:
         self.ious = self.ious + ious.detach()[[0, -1]]
         self.images += images
 
+    def check(self, step: int) -> None:
+        """``FloatingPointError`` when a loss since the last line was not finite; called before anything is saved."""
+        if not math.isfinite(float(self.loss)):
+            raise FloatingPointError(f"the loss is {float(self.loss)} at step {step}; the last saved state is kept")
+
     def write(self, step: int, norm: Tensor, quiet: bool) -> None:
-        """One line of JSON; ``FloatingPointError`` when the loss is not finite, before anything is saved."""
+        """One line of JSON."""
+        self.check(step)
         count, now = step - self.step, time.monotonic()
         first, last = (torch.as_tensor(self.ious) / count).tolist()
         self.total += self.images
@@ -401,8 +410,6 @@ class Meter:
             "images_per_s": round(self.images / (now - self.since), 1),
             "seconds": round(now - self.started, 1),
         }
-        if not math.isfinite(line["loss"]):
-            raise FloatingPointError(f"the loss is {line['loss']} at step {step}; the last state is kept")
         if not quiet:
             log.info("%s", line)
             with open(self.path, "a", encoding="utf-8") as file:

@@ -151,7 +151,7 @@ def test_stop_after_saves_and_returns(tmp_path, bank):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path, bank, monkeypatch):
     on_batch(monkeypatch, lambda number, batch: replace(batch, pixels=batch.pixels * (math.nan if number == 2 else 1)))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 2; the last state is kept"):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 2; the last saved state is kept"):
         training.train(settings(tmp_path, steps=3), bank=bank)
     state = load_state(tmp_path / "state.pt")
     assert state["step"] == 1

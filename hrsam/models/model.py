@@ -34,7 +34,7 @@ class ModelConfig:
     decoder: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Embedding:
     """What the model remembers of a picture.  ``features`` and ``positions``: (1, 256, h, w)."""
 
@@ -52,7 +52,7 @@ class Embedding:
         return 16 * self.features.shape[2], 16 * self.features.shape[3]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decoded:
     """``logits`` (B, M, 4h, 4w), a pixel belongs to the object where they are above 0; ``iou`` (B, M) predicted IoU."""
 
