@@ -17,7 +17,8 @@ from hrsam.data.datasets import PhotoBank
 from hrsam.data.transforms import make_batch
 from hrsam.models.model import HRSAM
 from hrsam.models.presets import PRESETS
-from hrsam.train import ClickRollout, Phase, Rounds, TrainSettings, build_optimizer, load_bank
+from hrsam.rollout import ClickRollout, Rounds
+from hrsam.train import Phase, TrainSettings, build_optimizer, load_bank
 from tests.builders import small_config
 
 GUESSES = "mask_decoder.output_hypernetworks_mlps."  # only the best of them is pulled
@@ -175,7 +176,7 @@ KINDS = {"box": 0.0, "random clicks": 0.2, "click": 0.9}
 
 def test_gradients_reach_every_parameter(tmp_path, bank):
     model = fresh_model()
-    rollout = ClickRollout(model, settings(tmp_path, rounds=Rounds()))
+    rollout = ClickRollout(model, Rounds())
     moved = dict.fromkeys((name for name, _ in model.named_parameters()), 0.0)
     for kind, draw in KINDS.items():
         generator = torch.Generator().manual_seed(1)
@@ -195,7 +196,7 @@ def test_gradients_reach_every_parameter(tmp_path, bank):
 
 def test_the_loss_of_a_batch_falls(tmp_path, bank):
     model = fresh_model()
-    rollout = ClickRollout(model, settings(tmp_path))
+    rollout = ClickRollout(model, settings(tmp_path).rounds)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batch = make_batch(bank, 2, 64, torch.Generator().manual_seed(1))
     losses = []
@@ -209,10 +210,10 @@ def test_the_loss_of_a_batch_falls(tmp_path, bank):
 
 
 def test_the_anchor_is_half_the_canvas_in_training(tmp_path):
-    rollout = ClickRollout(HRSAM(small_config(anchor_side=512)), settings(tmp_path))
+    rollout = ClickRollout(HRSAM(small_config(anchor_side=512)), settings(tmp_path).rounds)
     rollout.set_side(384)
     assert rollout.model.encoder.anchor_side == 192
-    plain = ClickRollout(HRSAM(small_config(anchor_side=None)), settings(tmp_path))
+    plain = ClickRollout(HRSAM(small_config(anchor_side=None)), settings(tmp_path).rounds)
     plain.set_side(384)
     assert plain.model.encoder.anchor_side is None
 
