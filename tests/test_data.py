@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hrsam.data.datasets import DATASETS, PhotoBank, davis, hqseg44k, pairs
-from hrsam.data.transforms import MEAN, STD, CanvasSettings, jpeg_artefacts, make_batch
+from hrsam.data.jpeg import jpeg_artefacts
+from hrsam.data.transforms import MEAN, STD, CanvasSettings, make_batch
 
 RED = (230, 20, 20)
 COLOURS = (RED, (20, 210, 20), (30, 30, 240), (230, 220, 20), (20, 220, 220))

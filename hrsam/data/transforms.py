@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hrsam.config import Settings
 from hrsam.data.datasets import PhotoBank
+from hrsam.data.jpeg import LUMA, jpeg_artefacts, mix_colours
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-LUMA = (0.299, 0.587, 0.114)
 
 _LEVELS = 4  # a photo at full, half, quarter and eighth size
 _SMOOTHING = 0.7  # of masks; without it enlarged outlines are stairs, at 0.75 lines one photo pixel wide vanish
@@ -199,7 +199,7 @@ def make_batch(
         pasted = bank.first[foreign] + dice.below(bank.count[foreign])
         placement = _place_object(bank, pasted, room, side, dice, settings)
         paint, soft, inside = _warp(bank, foreign, pasted.unsqueeze(1), placement, side)
-        paint = _mix(paint, *_colour_change(bank.colours[foreign], dice, settings))
+        paint = mix_colours(paint, *_colour_change(bank.colours[foreign], dice, settings))
         sharpen = placement.scale.clamp(min=1).view(-1, 1, 1, 1)  # an edge one canvas pixel wide, however enlarged
         alpha = ((soft - 0.5) * sharpen + 0.5).clamp(0, 1) * (inside & valid & present.view(-1, 1, 1, 1))
         colours = torch.lerp(colours, paint, alpha)
@@ -207,7 +207,7 @@ def make_batch(
         visible = [below & ~above for below in visible] + [above]
         present = present & dice.chance(settings.paste_second)
 
-    colours = _mix(colours, *_colour_change(bank.colours[photo], dice, settings)).clamp(0, 1)
+    colours = mix_colours(colours, *_colour_change(bank.colours[photo], dice, settings)).clamp(0, 1)
     gamma = dice.sometimes(settings.colour, dice.uniform(*settings.gamma), 1.0)
     colours = _degrade(colours.pow(gamma.view(-1, 1, 1, 1)), dice, settings)
     mean, std = (_constant(values, bank.device).view(3, 1, 1) / 255 for values in (MEAN, STD))
@@ -331,11 +331,6 @@ def _colour_change(mean: Tensor, dice: _Dice, settings: CanvasSettings) -> tuple
     return contrast * matrix, offset
 
 
-def _mix(colours: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """``matrix`` (B, 3, 3) times each pixel of (B, 3, S, S), plus ``offset`` (B, 3)."""
-    return torch.baddbmm(offset.unsqueeze(2), matrix, colours.flatten(2)).view_as(colours)
-
-
 def _degrade(colours: Tensor, dice: _Dice, settings: CanvasSettings) -> Tensor:
     """Blur, noise and compression of pixels in [0, 1]."""
     strength = dice.sometimes(settings.blur, dice.uniform(0.0, settings.blur_strength), 0.0).view(-1, 1, 1, 1)
@@ -350,57 +345,6 @@ def _degrade(colours: Tensor, dice: _Dice, settings: CanvasSettings) -> Tensor:
     colours = (colours + deviation * noise).clamp(0, 1)
     compressed = jpeg_artefacts(colours, dice.uniform(*settings.jpeg_quality))
     return torch.where(dice.chance(settings.jpeg).view(-1, 1, 1, 1), compressed, colours)
-
-
-def jpeg_artefacts(colours: Tensor, quality: Tensor) -> Tensor:
-    """What JPEG at ``quality`` (B,), 1…100, leaves of RGB pixels (B, 3, S, S) in [0, 1]; S a multiple of 8.
-
-    8 × 8 cosine transform and quantisation with the example tables of ITU-T T.81, Annex K, scaled as libjpeg does;
-    colour at full resolution, no rounding to bytes.
-    """
-    batch, _, height, width = colours.shape
-    basis, tables, to_ycc, to_rgb = _jpeg_constants(colours.device)
-    factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50).view(-1, 1, 1)
-    steps = (tables * factor + 0.5).floor().clamp(1, 255).unsqueeze(3)  # (B, 3, 64, 1)
-    zero = torch.zeros(batch, 3, device=colours.device)
-    planes = _mix(colours * 255 - 128, to_ycc.expand(batch, 3, 3), zero)
-    blocks = F.pixel_unshuffle(planes.view(batch * 3, 1, height, width), 8).view(batch, 3, 64, -1)
-    blocks = basis.T @ ((basis @ blocks / steps).round() * steps)
-    planes = F.pixel_shuffle(blocks.view(batch * 3, 64, height // 8, width // 8), 8).view(batch, 3, height, width)
-    return ((_mix(planes, to_rgb.expand(batch, 3, 3), zero) + 128) / 255).clamp(0, 1)
-
-
-# fmt: off
-_LUMA_STEPS = (
-    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
-    14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
-)
-_CHROMA_STEPS = (
-    17, 18, 24, 47, *[99] * 4, 18, 21, 26, 66, *[99] * 4, 24, 26, 56, *[99] * 5, 47, 66, *[99] * 38,
-)
-# fmt: on
-
-
-@lru_cache(maxsize=8)
-def _jpeg_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Orthonormal 64 × 64 cosine basis, (3, 64) steps, RGB → YCbCr about grey, and back."""
-    frequency, place = torch.arange(8.0, dtype=torch.float64).view(8, 1), torch.arange(8.0, dtype=torch.float64)
-    cosine = torch.cos(math.pi / 8 * frequency * (place + 0.5)) / 2
-    cosine[0] /= math.sqrt(2)
-    red, green, blue = LUMA
-    to_ycc = torch.tensor(
-        [
-            LUMA,
-            [-red / (2 - 2 * blue), -green / (2 - 2 * blue), 0.5],
-            [0.5, -green / (2 - 2 * red), -blue / (2 - 2 * red)],
-        ],
-        dtype=torch.float64,
-    )
-    tables = torch.tensor([_LUMA_STEPS, _CHROMA_STEPS, _CHROMA_STEPS])
-    constants = (torch.kron(cosine, cosine), tables, to_ycc, torch.linalg.inv(to_ycc))
-    basis, tables, to_ycc, to_rgb = (constant.float().to(device) for constant in constants)
-    return basis, tables, to_ycc, to_rgb
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,68 @@
+"""What JPEG compression leaves of pictures, for whole batches on the device."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)  # share of red, green and blue in brightness, ITU-R BT.601
+
+
+def mix_colours(colours: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    """``matrix`` (B, 3, 3) times each pixel of (B, 3, S, S), plus ``offset`` (B, 3)."""
+    return torch.baddbmm(offset.unsqueeze(2), matrix, colours.flatten(2)).view_as(colours)
+
+
+def jpeg_artefacts(colours: Tensor, quality: Tensor) -> Tensor:
+    """What JPEG at ``quality`` (B,), 1…100, leaves of RGB pixels (B, 3, S, S) in [0, 1]; S a multiple of 8.
+
+    8 × 8 cosine transform and quantisation with the example tables of ITU-T T.81, Annex K, scaled as libjpeg does;
+    colour at full resolution, no rounding to bytes.
+    """
+    batch, _, height, width = colours.shape
+    basis, tables, to_ycc, to_rgb = _jpeg_constants(colours.device)
+    factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50).view(-1, 1, 1)
+    steps = (tables * factor + 0.5).floor().clamp(1, 255).unsqueeze(3)  # (B, 3, 64, 1)
+    zero = torch.zeros(batch, 3, device=colours.device)
+    planes = mix_colours(colours * 255 - 128, to_ycc.expand(batch, 3, 3), zero)
+    blocks = F.pixel_unshuffle(planes.view(batch * 3, 1, height, width), 8).view(batch, 3, 64, -1)
+    blocks = basis.T @ ((basis @ blocks / steps).round() * steps)
+    planes = F.pixel_shuffle(blocks.view(batch * 3, 64, height // 8, width // 8), 8).view(batch, 3, height, width)
+    return ((mix_colours(planes, to_rgb.expand(batch, 3, 3), zero) + 128) / 255).clamp(0, 1)
+
+
+# fmt: off
+_LUMA_STEPS = (
+    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
+    14, 17, 22, 29, 51, 87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
+    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
+)
+_CHROMA_STEPS = (
+    17, 18, 24, 47, *[99] * 4, 18, 21, 26, 66, *[99] * 4, 24, 26, 56, *[99] * 5, 47, 66, *[99] * 38,
+)
+# fmt: on
+
+
+@lru_cache(maxsize=8)
+def _jpeg_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Orthonormal 64 × 64 cosine basis, (3, 64) steps, RGB → YCbCr about grey, and back."""
+    frequency, place = torch.arange(8.0, dtype=torch.float64).view(8, 1), torch.arange(8.0, dtype=torch.float64)
+    cosine = torch.cos(math.pi / 8 * frequency * (place + 0.5)) / 2
+    cosine[0] /= math.sqrt(2)
+    red, green, blue = LUMA
+    to_ycc = torch.tensor(
+        [
+            LUMA,
+            [-red / (2 - 2 * blue), -green / (2 - 2 * blue), 0.5],
+            [0.5, -green / (2 - 2 * red), -blue / (2 - 2 * red)],
+        ],
+        dtype=torch.float64,
+    )
+    tables = torch.tensor([_LUMA_STEPS, _CHROMA_STEPS, _CHROMA_STEPS])
+    constants = (torch.kron(cosine, cosine), tables, to_ycc, torch.linalg.inv(to_ycc))
+    basis, tables, to_ycc, to_rgb = (constant.float().to(device) for constant in constants)
+    return basis, tables, to_ycc, to_rgb
