@@ -25,6 +25,8 @@ from hrsam.rollout import ClickRollout, Rounds, compile_parts
 
 log = logging.getLogger("hrsam")
 
+CLOCK_EVERY = 10  # steps between two looks at the clock of a run with a time budget
+
 
 class Phase(Settings):
     """A stretch of the run: canvas ``side`` in pixels, canvases a step on each device, number of steps, learning rate."""
@@ -36,12 +38,17 @@ class Phase(Settings):
 
 
 class TrainSettings(Settings):
-    """One run; see ``configs/hrsam_pp_t_starter.yaml``."""
+    """One run; see ``configs/hrsam_pp_t_starter.yaml``.
+
+    ``budget``: seconds the run may take in all, preparation and earlier pieces included.  The phases' steps are then shares of
+    that time: with 3000 and 1000 steps the second phase begins after three quarters of it, however many steps were made.
+    """
 
     preset: str
     data: tuple[str, ...]
     out: str
     phases: tuple[Phase, ...]
+    budget: float | None = None
     canvas: CanvasSettings = CanvasSettings()
     rounds: Rounds = Rounds()
     seed: int = 0
@@ -62,18 +69,22 @@ class TrainSettings(Settings):
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
 
-    def phase_at(self, step: int) -> Phase:
+    def phase_at(self, step: float) -> Phase:
         for phase in self.phases:
             if step < phase.steps:
                 return phase
             step -= phase.steps
         return self.phases[-1]
 
-    def lr_at(self, step: int) -> float:
-        """Warm-up, each phase's own rate, then linear to ``final_lr`` of it over the last ``decay`` of all steps."""
-        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+    def lr_at(self, step: int, place: float | None = None) -> float:
+        """Warm-up, each phase's own rate, then linear to ``final_lr`` of it over the last ``decay`` of all steps.
+
+        ``place``: where the run is when it goes by time, in steps of ``phases``; else that is ``step``.
+        """
+        place = step if place is None else place
+        left = (self.steps - place) / max(1.0, self.decay * self.steps)
         falling = self.final_lr + (1 - self.final_lr) * min(1.0, left)
-        return self.phase_at(step).lr * min(1.0, (step + 1) / max(1, self.warmup)) * falling
+        return self.phase_at(place).lr * min(1.0, (step + 1) / max(1, self.warmup)) * falling
 
 
 def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
@@ -120,7 +131,9 @@ def train(settings: TrainSettings, *, stop_after: float = math.inf, bank: PhotoB
     ``bank``: photos loaded already, instead of ``settings.data``.
     """
     from accelerate import Accelerator
+    from accelerate.utils import broadcast
 
+    began = time.monotonic()
     cuda = torch.cuda.is_available()
     accelerator = Accelerator(cpu=not cuda, mixed_precision="bf16" if cuda else "no")
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -128,12 +141,13 @@ def train(settings: TrainSettings, *, stop_after: float = math.inf, bank: PhotoB
     model = build(settings.preset)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    optimizer_state, step = None, 0
+    optimizer_state, step, spent = None, 0, 0.0
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if (out / "state.pt").exists():
         state = load_state(out / "state.pt")
         model.load_state_dict(state["model"])
         average, optimizer_state, step = state["average"], state["optimizer"], state["step"]
+        spent = state["spent"]
     if bank is None:
         bank = load_bank(settings)
     bank = bank.to(device)
@@ -158,18 +172,28 @@ def train(settings: TrainSettings, *, stop_after: float = math.inf, bank: PhotoB
             "average": average,
             "optimizer": optimizer.state_dict(),
             "step": step,
+            "spent": spent + time.monotonic() - began,
             "settings": settings.model_dump(mode="json"),
         }
         save_state(state, out / "state.pt")
 
-    meter = Meter(out / "log.jsonl", settings, step)
-    phase = None
-    while step < settings.steps and time.monotonic() - meter.started < stop_after:
-        if phase is not (phase := settings.phase_at(step)) and settings.graphs and device.type == "cuda":
+    def place(before: float | None) -> float:
+        """Where the run is, in steps of the phases; by time, the first process's clock counts and is asked now and then."""
+        if settings.budget is None:
+            return step
+        if before is not None and step % CLOCK_EVERY:
+            return before
+        share = torch.tensor((spent + time.monotonic() - began) / settings.budget, device=device)
+        return torch.as_tensor(broadcast(share)).item() * settings.steps
+
+    meter = Meter(out / "log.jsonl", step)
+    phase, at = None, place(None)
+    while at < settings.steps and time.monotonic() - began < stop_after:
+        if phase is not (phase := settings.phase_at(at)) and settings.graphs and device.type == "cuda":
             rollout.set_side(phase.side)
             graph_encoder(model, phase)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr_at(step)
+            group["lr"] = settings.lr_at(step, at)
         generator.manual_seed(settings.seed * 1_000_003 + step * 1_009 + rank)
         batch = make_batch(bank, phase.batch, phase.side, generator, settings.canvas)
         with accelerator.autocast():
@@ -185,7 +209,8 @@ def train(settings: TrainSettings, *, stop_after: float = math.inf, bank: PhotoB
         step += 1
         meter.add(loss, ious, phase.batch * processes)
         if step % settings.log_every == 0 or step == settings.steps:
-            meter.write(step, norm, quiet=rank != 0)
+            meter.write(step, phase.side, settings.lr_at(step - 1, at), norm, quiet=rank != 0)
+        at = place(at)
         if step % settings.save_every == 0:
             meter.check(step)
             if rank == 0:
@@ -206,8 +231,8 @@ def load_bank(settings: TrainSettings) -> PhotoBank:
 class Meter:
     """Means since the last line of the log.  Reading them waits for the device, so only ``write`` does."""
 
-    def __init__(self, path: Path, settings: TrainSettings, step: int):
-        self.path, self.settings, self.step = path, settings, step
+    def __init__(self, path: Path, step: int):
+        self.path, self.step = path, step
         self.started = self.since = time.monotonic()
         self.images = self.total = 0
         self.loss: Tensor | float = 0.0
@@ -223,7 +248,7 @@ class Meter:
         if not math.isfinite(float(self.loss)):
             raise FloatingPointError(f"the loss is {float(self.loss)} at step {step}; the last saved state is kept")
 
-    def write(self, step: int, norm: Tensor, quiet: bool) -> None:
+    def write(self, step: int, side: int, lr: float, norm: Tensor, quiet: bool) -> None:
         """One line of JSON."""
         self.check(step)
         count, now = step - self.step, time.monotonic()
@@ -231,12 +256,12 @@ class Meter:
         self.total += self.images
         line = {
             "step": step,
-            "side": self.settings.phase_at(step - 1).side,
+            "side": side,
             "loss": round(float(self.loss) / count, 4),
             "iou_first": round(first, 4),
             "iou_last": round(last, 4),
             "grad_norm": round(float(norm), 3),
-            "lr": round(self.settings.lr_at(step - 1), 7),
+            "lr": round(lr, 7),
             "images": self.total,
             "images_per_s": round(self.images / (now - self.since), 1),
             "seconds": round(now - self.started, 1),

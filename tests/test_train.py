@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -255,3 +256,24 @@ def test_held_out_photos_are_not_trained_on(folder, tmp_path):
     run = settings(tmp_path, data=(str(folder),), hold_out=2)
     assert load_bank(run).names == ("part1/shape0", "part1/shape2")
     assert len(load_bank(settings(tmp_path, data=(str(folder),)))) == 4
+
+
+def test_a_time_budget_is_kept_and_shared_out_to_the_phases(tmp_path, bank, monkeypatch):
+    monkeypatch.setattr(training, "CLOCK_EVERY", 2)
+    phases = (Phase(side=32, batch=1, steps=3, lr=1e-3), Phase(side=64, batch=1, steps=1, lr=5e-4))
+    began = time.monotonic()
+    state = torch.load(training.train(settings(tmp_path, phases=phases, budget=2.0, log_every=1), bank=bank))
+    assert 2.0 <= state["spent"] < 6.0
+    assert time.monotonic() - began < 8.0
+    assert state["step"] % training.CLOCK_EVERY == 0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    sides = [line["side"] for line in lines]
+    assert set(sides) == {32, 64}
+    assert sides == sorted(sides)
+    assert lines[-1]["lr"] < 5e-4  # it falls over the last part of the time
+
+
+def test_a_spent_budget_is_not_spent_again(tmp_path, bank):
+    first = torch.load(training.train(settings(tmp_path, budget=0.5), bank=bank))
+    again = torch.load(training.train(settings(tmp_path, budget=0.5), bank=bank))
+    assert again["step"] == first["step"]
