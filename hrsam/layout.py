@@ -63,13 +63,13 @@ class Layout:
         first = [self.starts[g] for g, image in enumerate(self.images) if g == 0 or self.images[g - 1] != image]
         return (*first, self.tokens)
 
-    @cached_property
-    def runs(self) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
-        """Neighbouring images with equal grids, as (first token, number of images, grids of one image)."""
+    def runs(self, merge: bool) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
+        """Each image, or with ``merge`` neighbouring images of equal grids together, as (first token, number of images,
+        grids of one image)."""
         runs: list[tuple[int, int, tuple[tuple[int, int], ...]]] = []
         for image in range(self.num_images):
             grids = tuple(g for g, owner in zip(self.grids, self.images) if owner == image)
-            if runs and runs[-1][2] == grids:
+            if merge and runs and runs[-1][2] == grids:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1, grids)
             else:
                 runs.append((self.image_starts[image], 1, grids))

@@ -19,9 +19,10 @@ def test_starts_and_lengths():
 
 def test_neighbours_with_equal_grids_form_a_run():
     pair, turned = ((2, 3), (1, 2)), ((1, 2), (2, 3))
-    assert PACKED.runs == ((0, 2, pair), (16, 1, turned), (24, 1, ((4, 1),)))
+    assert PACKED.runs(merge=True) == ((0, 2, pair), (16, 1, turned), (24, 1, ((4, 1),)))
     apart = Layout(((2, 2), (3, 3), (2, 2)), (0, 1, 2))
-    assert apart.runs == ((0, 1, ((2, 2),)), (4, 1, ((3, 3),)), (13, 1, ((2, 2),)))
+    assert apart.runs(merge=True) == ((0, 1, ((2, 2),)), (4, 1, ((3, 3),)), (13, 1, ((2, 2),)))
+    assert [run[:2] for run in PACKED.runs(merge=False)] == [(0, 1), (8, 1), (16, 1), (24, 1)]
 
 
 def test_boundaries_of_grids_and_of_images():

@@ -209,3 +209,11 @@ def test_upscaling_equals_transposed_convolutions():
     got = got.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(1, 32, 24, 20)
     want = decoder.output_upscaling(source.transpose(1, 2).unflatten(2, (6, 5)))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_equals_single_where_matrix_products_change_their_kernel():
+    """A picture of one token beside large ones: libraries sum in another order for one row than for many."""
+    model = small_model(64, width=384, heads=6, depth=2, scan_at=(1,))
+    images = [torch.rand(3, *size) for size in ((16, 16), (400, 528), (333, 77), (16, 16))]
+    for image, embedding in zip(images, model.encode(images)):
+        assert torch.equal(model.encode([image])[0].features, embedding.features)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,6 +58,19 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def by_image(function: Callable[..., Any], layout: Layout, *tensors: Tensor) -> Any:
+    """Apply a function of single tokens to the rows of each image by itself, and pack the results again.
+
+    A matrix product chooses its order of summation by the number of rows, so only equal shapes give equal bits.
+    """
+    if layout.num_images == 1:
+        return function(*tensors)
+    parts = [function(*(t[start:stop] for t in tensors)) for start, stop in pairwise(layout.image_starts)]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
 
@@ -76,9 +93,17 @@ class Block(nn.Module):
         branch = self.mlp(self.norm2(x))
         return x + (branch if keep is None else branch * keep[1])
 
-    def forward(self, x: Tensor, layout: Layout, keep: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """``x`` (T, C) -> (T, C).  ``keep``: stochastic depth, one factor a token (T, 1) for each of the two branches,
-        equal for all tokens of an image."""
+    def forward(
+        self, x: Tensor, layout: Layout, keep: tuple[Tensor, Tensor] | None = None, exact: bool = False
+    ) -> Tensor:
+        """``x`` (T, C) -> (T, C).
+
+        ``keep``: stochastic depth, one factor a token (T, 1) for each of the two branches, equal for all tokens of an image.
+        ``exact``: an image's bits do not depend on what is packed beside it (see :func:`by_image`); without ``keep``.
+        """
+        if exact:
+            q, k, v = by_image(self.before, layout, x)
+            return by_image(self.after, layout, x, self.attn.mix(q, k, v, layout, self.attn.pad_kv()))
         q, k, v = self.before(x)
         return self.after(x, self.attn.mix(q, k, v, layout, self.attn.pad_kv()), keep)
 
@@ -121,8 +146,11 @@ class CycleScan(nn.Module):
     def after(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return x + self.out_proj(z * self.norm_out(y))
 
-    def forward(self, x: Tensor, layout: Layout, across: bool) -> Tensor:
-        """``x`` (T, C) -> (T, C); each grid by itself, or all grids of an image as one sequence (``across``)."""
-        u, z, r, b, c = self.before(x)
+    def forward(self, x: Tensor, layout: Layout, across: bool, exact: bool = False) -> Tensor:
+        """``x`` (T, C) -> (T, C); each grid by itself, or all grids of an image as one sequence (``across``).
+
+        ``exact`` as in :class:`Block`.
+        """
+        u, z, r, b, c = by_image(self.before, layout, x) if exact else self.before(x)
         y = cycle_scan(u, r, self.dt_bias, self.A_log, b, c, self.D, self.gamma, layout, across=across)
-        return self.after(x, y, z)
+        return by_image(self.after, layout, x, y, z) if exact else self.after(x, y, z)

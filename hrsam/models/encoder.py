@@ -87,7 +87,7 @@ class Encoder(nn.Module):
     def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Pictures of any sizes in one packed call: each (3, Hi, Wi), as in :meth:`forward` -> (out_channels, hi, wi) each.
 
-        The result of an image does not depend on what else is in the call.
+        The result of an image is the same to the bit whatever else is in the call, and equal to :meth:`forward` of it alone.
         """
         if not images:
             raise ValueError("got no images to encode; give at least one (3, H, W) tensor")
@@ -98,8 +98,8 @@ class Encoder(nn.Module):
             parts.append(tokens)
             grids += layout.grids
             owners += [index] * len(layout.grids)
-        maps = self._stages(torch.cat(parts), Layout(tuple(grids), tuple(owners)))
-        return [m[i] for m in maps for i in range(m.shape[0])]
+        maps = self._stages(torch.cat(parts), Layout(tuple(grids), tuple(owners)), exact=True)
+        return [m[0] for m in maps]
 
     def _check(self, pixels: Tensor) -> None:
         patch = self.config.patch
@@ -150,18 +150,21 @@ class Encoder(nn.Module):
         first, second = ((draw >= rate) / (1.0 - rate)).to(like.dtype)[:, images]
         return first, second
 
-    def _stages(self, x: Tensor, layout: Layout) -> list[Tensor]:
-        """Blocks and scans over packed tokens; one (n, out_channels, h, w) map for each run of equal images."""
+    def _stages(self, x: Tensor, layout: Layout, exact: bool = False) -> list[Tensor]:
+        """Blocks and scans over packed tokens; one (n, out_channels, h, w) map for each run of equal images.
+
+        ``exact``: nothing is computed for two images together that could change an image's bits, and a run is one image.
+        """
         fused: list[Tensor] | None = None
         for index, block in enumerate(self.blocks):
             stage = self.config.scan_at.index(index) if index in self.config.scan_at else None
             if stage is not None:
-                x = self.scans[stage](x, layout, across=False)
-            x = block(x, layout, self._keep(index, layout, x))
+                x = self.scans[stage](x, layout, across=False, exact=exact)
+            x = block(x, layout, None if exact else self._keep(index, layout, x), exact)
             if stage is not None:
                 if self.anchor_side is not None:
-                    x = self.scans_across[stage](x, layout, across=True)
-                parts = self._lateral(stage, x, layout)
+                    x = self.scans_across[stage](x, layout, across=True, exact=exact)
+                parts = self._lateral(stage, x, layout, merge=not exact)
                 fused = parts if fused is None else [a + b for a, b in zip(fused, parts)]
         assert fused is not None
         out = []
@@ -170,10 +173,10 @@ class Encoder(nn.Module):
             out.append(self.out_norm(part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return out
 
-    def _lateral(self, stage: int, x: Tensor, layout: Layout) -> list[Tensor]:
+    def _lateral(self, stage: int, x: Tensor, layout: Layout, merge: bool) -> list[Tensor]:
         """One stage's contribution, (n, h, w, out_channels) for each run of equal images."""
         maps = []
-        for start, count, grids in layout.runs:
+        for start, count, grids in layout.runs(merge):
             length = sum(rows * cols for rows, cols in grids)
             tokens = x[start : start + count * length].view(count, length, -1)
             rows, cols = grids[0]
