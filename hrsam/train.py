@@ -22,6 +22,7 @@ from hrsam.data.transforms import CanvasSettings, PhotoBank, make_batch
 from hrsam.models.model import HRSAM
 from hrsam.models.presets import build
 from hrsam.rollout import ClickRollout, Rounds, compile_parts
+from hrsam.weights import load
 
 log = logging.getLogger("hrsam")
 
@@ -40,11 +41,13 @@ class Phase(Settings):
 class TrainSettings(Settings):
     """One run; see ``configs/hrsam_pp_t_starter.yaml``.
 
+    ``start``: a tag or weight file of the same architecture to begin from, instead of random weights.
     ``budget``: seconds the run may take in all, preparation and earlier pieces included.  The phases' steps are then shares of
     that time: with 3000 and 1000 steps the second phase begins after three quarters of it, however many steps were made.
     """
 
     preset: str
+    start: str | None = None
     data: tuple[str, ...]
     out: str
     phases: tuple[Phase, ...]
@@ -139,6 +142,11 @@ def train(settings: TrainSettings, *, stop_after: float = math.inf, bank: PhotoB
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     torch.manual_seed(settings.seed)
     model = build(settings.preset)
+    if settings.start is not None:
+        started_from = load(settings.start)
+        if started_from.config != model.config:
+            raise ValueError(f"{settings.start} is not a {settings.preset}; start from weights of that architecture")
+        model.load_state_dict(started_from.state_dict())
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     optimizer_state, step, spent = None, 0, 0.0

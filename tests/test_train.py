@@ -20,6 +20,7 @@ from hrsam.models.model import HRSAM
 from hrsam.models.presets import PRESETS
 from hrsam.rollout import ClickRollout, Rounds
 from hrsam.train import Phase, TrainSettings, build_optimizer, load_bank
+from hrsam.weightfile import save
 from tests.builders import small_config
 
 GUESSES = "mask_decoder.output_hypernetworks_mlps."  # only the best of them is pulled
@@ -283,3 +284,22 @@ def test_a_spent_budget_is_not_spent_again(tmp_path, bank, slow_clock):
     first = torch.load(training.train(settings(tmp_path, budget=2.0), bank=bank))
     again = torch.load(training.train(settings(tmp_path, budget=2.0), bank=bank))
     assert again["step"] == first["step"] > 0
+
+
+def test_a_run_can_start_from_weights(tmp_path, bank):
+    torch.manual_seed(5)
+    begin = HRSAM(small_config())
+    save(begin, tmp_path / "begin.safetensors", metadata={"licence": "none", "source": "test"})
+    run = settings(tmp_path / "a", steps=1, start=str(tmp_path / "begin.safetensors"))
+    run = run.model_copy(update={"phases": (Phase(side=64, batch=2, steps=1, lr=0.0),)})
+    state = torch.load(training.train(run, bank=bank))
+    for name, value in begin.state_dict().items():
+        assert torch.equal(state["model"][name], value), name
+    save(
+        HRSAM(small_config(anchor_side=None)),
+        tmp_path / "other.safetensors",
+        metadata={"licence": "none", "source": "test"},
+    )
+    with pytest.raises(ValueError, match="not a test; start from weights of that architecture"):
+        training.train(settings(tmp_path / "b", start=str(tmp_path / "other.safetensors")), bank=bank)
+    assert not (tmp_path / "b").exists()
