@@ -22,7 +22,6 @@ PACKAGES = {
     "triton": "kernels on a GPU",
     "timm": "SAM's own encoder (sam_b, sam_l, sam_h)",
     "accelerate": "training",
-    "mamba-ssm": "optional comparison for the cycle scan",
 }
 
 

@@ -42,6 +42,10 @@ class TrainSettings(Settings):
     """One run; see ``configs/hrsam_pp_t_starter.yaml``.
 
     ``start``: a tag or weight file of the same architecture to begin from, instead of random weights.
+    ``data``: folders of photographs in the ``pairs`` layout; every ``hold_out``-th photograph is left out (0: none).
+    ``warmup``: steps; ``decay``: share of the run over which the rate falls to ``final_lr`` of itself; ``clip``: largest
+    gradient norm; ``ema``: weight of the past in the averaged weights.  ``compile`` and ``graphs`` change speed only, on CUDA:
+    ``"all"`` compiles the decoder too, which takes minutes.  ``log_every``, ``save_every``: steps.
     ``budget``: seconds the run may take in all, preparation and earlier pieces included.  The phases' steps are then shares of
     that time: with 3000 and 1000 steps the second phase begins after three quarters of it, however many steps were made.
     """
