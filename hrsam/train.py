@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hrsam.checkpoint import load_state, save_state
 from hrsam.config import Settings
-from hrsam.data.transforms import CanvasSettings, PhotoBank, make_batch
+from hrsam.data.bank import PhotoBank
+from hrsam.data.transforms import CanvasSettings, make_batch
 from hrsam.models.model import HRSAM
 from hrsam.models.presets import build
 from hrsam.rollout import ClickRollout, Rounds, compile_parts

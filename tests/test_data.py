@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hrsam.data.datasets import DATASETS, PhotoBank, davis, hqseg44k, pairs
+from hrsam.data.bank import PhotoBank
 from hrsam.data.jpeg import jpeg_artefacts
 from hrsam.data.transforms import MEAN, STD, CanvasSettings, make_batch
 
@@ -73,64 +73,26 @@ def shrunk(mask, by):
 # ---------------------------------------------------------------- on disk
 
 
-def test_davis(tmp_path):
-    object_ = disc(20, 30, 8, 9, 5)
-    for stem, mask_name in (("b_2", "b_2#001"), ("a_1", "a_1")):
-        save(tmp_path / "DAVIS/img" / f"{stem}.jpg", np.zeros((20, 30, 3), np.uint8))
-        save(tmp_path / "DAVIS/gt" / f"{mask_name}.png", object_.astype(np.uint8))
-    for root in (tmp_path, tmp_path / "DAVIS"):
-        samples = list(davis(root))
-        assert [s.name for s in samples] == ["davis/a_1", "davis/b_2"]
-        assert all(s.dataset == "davis" and np.array_equal(s.mask, object_) for s in samples)
-
-
-def test_hqseg44k_order_and_groups(tmp_path):
-    mask = disc(10, 12, 5, 5, 3)
-    places = {
-        "DIS5K/DIS-VD": ("im", "gt"),
-        "thin_object_detection/ThinObject5K": ("images_test", "masks_test"),
-        "thin_object_detection/HRSOD": ("images", "masks_max255"),
-        "thin_object_detection/COIFT": ("images", "masks"),
-    }
-    for part, (images, masks) in places.items():
-        for stem in ("z_1", "y"):
-            save(tmp_path / part / images / f"{stem}.jpg", np.zeros((10, 12, 3), np.uint8))
-            save(tmp_path / part / masks / f"{stem}.png", mask.astype(np.uint8) * 255)
-    names = [s.name for s in hqseg44k(tmp_path)]
-    assert names == [f"{part}/{stem}" for part in ("COIFT", "HRSOD", "ThinObject5K", "DIS-VD") for stem in ("y", "z_1")]
-
-
-def test_pairs_gives_one_sample_for_each_mask(tmp_path):
-    first, second = disc(20, 20, 5, 5, 3), disc(20, 20, 12, 12, 4)
-    save_photo(tmp_path / "part", "7", (20, 20), RED, first, second)
-    save_photo(tmp_path / "part", "7_9", (20, 20), RED, second)  # its mask is 7_9.png, not the tenth of photo 7
-    samples = list(DATASETS["pairs"](tmp_path / "part"))
-    assert [s.name for s in samples] == ["part/7_0", "part/7_1", "part/7_9"]
-    assert np.array_equal(samples[1].mask, second)
-    assert tuple(samples[0].pixels[5, 5]) == RED
-
-
 def test_what_is_wrong_on_disk_is_named(tmp_path):
-    def complaint(function, *arguments, **options):
+    def complaint():
         with pytest.raises(ValueError) as caught:
-            list(function(*arguments, **options))
+            PhotoBank.load([root], long_side=64)
         return str(caught.value)
 
     root = tmp_path / "a"
-    assert "no folder" in complaint(pairs, root)
+    assert "no folder" in complaint()
     save_photo(root, "whole", (20, 20), RED, disc(20, 20, 5, 5, 3))
     save_photo(root, "bare", (20, 20), RED)
     save(root / "masks/stray_0.png", np.full((20, 20), 255, np.uint8))
-    assert "bare.png without mask and stray_0.png without picture" in complaint(pairs, root)
+    assert "bare.png without mask and stray_0.png without picture" in complaint()
     save(root / "images/stray.png", np.zeros((20, 21, 3), np.uint8))
     save(root / "masks/bare.png", np.zeros((20, 20), np.uint8))
-    assert "bare.png holds no object" in complaint(pairs, root)
-    both = complaint(PhotoBank.load, [root], long_side=64)
+    both = complaint()
     assert both.startswith("2 of 3 photos")
-    assert "bare.png" in both
+    assert "bare.png holds no object" in both
     assert "stray_0.png is 20x20 and its picture stray.png 21x20" in both
     save(root / "images/bare.bmp", np.zeros((20, 20, 3), np.uint8))
-    assert "share a stem" in complaint(pairs, root)
+    assert "share a stem" in complaint()
 
 
 # ---------------------------------------------------------------- photo bank

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hrsam import train as training
 from hrsam.checkpoint import load_state
-from hrsam.data.datasets import PhotoBank
+from hrsam.data.bank import PhotoBank
 from hrsam.data.transforms import make_batch
 from hrsam.models.model import HRSAM
 from hrsam.models.presets import PRESETS

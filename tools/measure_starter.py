@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import hrsam
-from hrsam.data.datasets import DATASETS
+from hrsam.data.datasets import open_dataset
 from hrsam.evaluation import Played, Protocol, play, summary
 
 
@@ -35,7 +35,11 @@ def main() -> None:
     groups: dict[str, list[Played]] = {}
     for name in ("davis", "hqseg44k"):
         if (root := getattr(args, name)) is not None:
-            for sample in DATASETS[name](root):
+            dataset = open_dataset(name, root)
+            if dataset.problems:
+                raise SystemExit("\n".join(f"{problem.where}: {problem.text}" for problem in dataset.problems))
+            for item in dataset.items:
+                sample = dataset.load(item)
                 played = play(model, sample, protocol)
                 groups.setdefault(sample.dataset, []).append(played)
                 print(f"{played.name}: " + " ".join(f"{v:.3f}" for v in played.ious[:5]), f"… {played.ious[-1]:.3f}")

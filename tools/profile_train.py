@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hrsam.data.transforms import PhotoBank, make_batch
+from hrsam.data.bank import PhotoBank
+from hrsam.data.transforms import make_batch
 from hrsam.models.presets import build
 from hrsam.rollout import ClickRollout, compile_parts
 from hrsam.train import Phase, TrainSettings, build_optimizer, graph_encoder

@@ -1,289 +1,199 @@
-"""Pictures with object masks on disk: as a stream of samples, or as a bank of training photos in memory."""
+"""Data sets of the evaluation: ``open_dataset(name, root)`` gives an index of objects that are read one by one.
+
+A new data set that is folders of pictures is a function here and a line in ``DATASETS``.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
+from hrsam.data import coco, sbd
+from hrsam.data.folders import SUFFIXES, Problem, WrongLayout, index_masks, read_lines
+from hrsam.data.index import Dataset, Found, Item, MaskFile
+from hrsam.images import read_image
 
-from hrsam.data.sample import Sample
-from hrsam.images import read_image, read_mask
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+__all__ = ["DATASETS", "Dataset", "Item", "Kind", "Problem", "check", "open_dataset"]
 
 HQSEG44K_PARTS = {
-    "COIFT": ("thin_object_detection/COIFT/images", "thin_object_detection/COIFT/masks"),
-    "HRSOD": ("thin_object_detection/HRSOD/images", "thin_object_detection/HRSOD/masks_max255"),
-    "ThinObject5K": ("thin_object_detection/ThinObject5K/images_test", "thin_object_detection/ThinObject5K/masks_test"),
-    "DIS-VD": ("DIS5K/DIS-VD/im", "DIS5K/DIS-VD/gt"),
+    "COIFT": ("thin_object_detection/COIFT", "images", "masks"),
+    "HRSOD": ("thin_object_detection/HRSOD", "images", "masks_max255"),
+    "ThinObject5K": ("thin_object_detection/ThinObject5K", "images_test", "masks_test"),
+    "DIS-VD": ("DIS5K/DIS-VD", "im", "gt"),
 }
 
 
-def davis(root: str | Path) -> Iterator[Sample]:
-    """DAVIS frames as interactive segmentation uses them, 345 in the full set.
+def davis(root: Path) -> Found:
+    """DAVIS frames; ``root``: the folder ``DAVIS`` or the one above.
 
-    ``root``: the folder ``DAVIS`` or the one above.  Files: ``img/<stem>.jpg`` with ``gt/<stem>#001.png`` or
-    ``gt/<stem>.png``; any value above 0 is object.  Published numbers differ with the distribution the masks come from
-    (FocusCut counts value 1 only, RITM any value), so name it beside a score.  ``ValueError`` as :func:`pairs`.
+    ``img/<stem>.jpg`` with ``gt/<stem>#001.png`` (FocusCut) or ``gt/<stem>.png`` (RITM); ``list/val.txt`` or
+    ``val.txt``, where there is one, chooses the stems.  Published numbers differ with the distribution of the masks.
     """
-    root = Path(root)
     folder = root / "DAVIS" if (root / "DAVIS").is_dir() else root
-    yield from _samples(match_masks(folder / "img", folder / "gt", numbered="#001"), "davis")
+    _first_layout(folder, ("img", "gt"))
+    items, problems = _folder(folder, "img", "gt", "davis", numbered=r"#\d+", rule="exactly one", lists=_LISTS)
+    note = "where a mask holds the value 1 it alone is object and 255 (void) background, else every value above 0 is"
+    return Found(items, problems, note)
 
 
-def hqseg44k(root: str | Path) -> Iterator[Sample]:
-    """HQSeg-44K validation, 1,537 pictures in the full set; ``dataset`` of a sample is its part.
-
-    ``root`` holds ``thin_object_detection`` and ``DIS5K``.  Order: COIFT, HRSOD, ThinObject5K, DIS-VD, each sorted by
-    stem; masks have the stem of their picture, any value above 0 is object.  ``ValueError`` as :func:`pairs`.
-    """
-    matched = {
-        part: match_masks(Path(root, images), Path(root, masks)) for part, (images, masks) in HQSEG44K_PARTS.items()
-    }
-    for part, files in matched.items():
-        yield from _samples(files, part)
-
-
-def pairs(root: str | Path) -> Iterator[Sample]:
-    """Any folder with ``images/<stem>.*`` and ``masks/<stem>.*`` or ``masks/<stem>_<k>.*``: one sample a mask.
-
-    Raises ``ValueError`` that names the files: pictures without mask and masks without picture before the first sample,
-    a mask of another size than its picture or without object when its turn comes.
-    """
-    root = Path(root)
-    yield from _samples(match_masks(root / "images", root / "masks", numbered=r"_\d+"), root.name)
+def hqseg44k(root: Path) -> Found:
+    """HQSeg-44K validation: COIFT, HRSOD, ThinObject5K, DIS-VD, in this order, each sorted by stem; group: the part."""
+    items: list[Item] = []
+    problems: list[Problem] = []
+    if not any((root / folder).is_dir() for folder, _, _ in HQSEG44K_PARTS.values()):
+        raise WrongLayout(f"{root} has none of the parts")
+    for part, (folder, images, masks) in HQSEG44K_PARTS.items():
+        if not (root / folder / images).is_dir() or not (root / folder / masks).is_dir():
+            problems.append(Problem(folder, f"lacks {images}/ or {masks}/; the part {part} is missing"))
+            continue
+        more, wrong = _folder(root / folder, images, masks, part)
+        items += more
+        problems += [Problem(f"{folder}/{problem.where}", problem.text) for problem in wrong]
+    return Found(items, problems, "every mask value above 0 is object")
 
 
-DATASETS: dict[str, Callable[[str | Path], Iterator[Sample]]] = {
-    "davis": davis,
-    "hqseg44k": hqseg44k,
-    "pairs": pairs,
+def grabcut(root: Path) -> Found:
+    """GrabCut as RITM lays it out; the unsure band (128) is seen by neither clicks nor IoU."""
+    images, masks = _first_layout(root, ("data_GT", "boundary_GT"))
+    items, problems = _folder(root, images, masks, "grabcut", rule="trimap")
+    return Found(items, problems, _TRIMAP_NOTE)
+
+
+def berkeley(root: Path) -> Found:
+    """Berkeley as RITM (``images``, ``masks``) or FocusCut (``img``, ``gt`` with ``<stem>#<n>.png``) lays it out."""
+    images, masks = _first_layout(root, ("images", "masks"), ("img", "gt"))
+    ritm = images == "images"
+    rule = "trimap" if ritm else "exactly one"
+    items, problems = _folder(root, images, masks, "berkeley", numbered=r"#\d+", rule=rule, lists=_LISTS)
+    note = _TRIMAP_NOTE if ritm else "where a mask holds the value 1 it alone is object, else every value above 0 is"
+    return Found(items, problems, note)
+
+
+def pairs(root: Path) -> Found:
+    """Any folder with ``images/<stem>.*`` and ``masks/<stem>.*`` or ``masks/<stem>_<k>.*``: one object a mask."""
+    images, masks = _first_layout(root, ("images", "masks"))
+    items, problems = _folder(root, images, masks, root.name or root.resolve().name, numbered=r"_\d+")
+    return Found(items, problems, "every mask value above 0 is object")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``make`` lists what is under a root; ``expected`` objects in the full set, None where there is none; ``line``: the
+    set and its layout in a few words."""
+
+    make: Callable[[Path], Found]
+    expected: int | None
+    line: str
+
+
+DATASETS: dict[str, Kind] = {
+    "davis": Kind(davis, 345, "DAVIS frames: DAVIS/{img,gt}, list/val.txt"),
+    "hqseg44k": Kind(
+        hqseg44k, 1537, "HQSeg-44K validation: thin_object_detection/{COIFT,HRSOD,ThinObject5K}, DIS5K/DIS-VD"
+    ),
+    "grabcut": Kind(grabcut, 50, "GrabCut: data_GT/, boundary_GT/"),
+    "berkeley": Kind(berkeley, 100, "Berkeley: images/ and masks/, or img/ and gt/"),
+    "sbd": Kind(sbd.sbd, 6671, "SBD validation: img/, inst/*.mat, val.txt (needs scipy)"),
+    "coco": Kind(coco.coco, None, "COCO instances: annotations/instances_*.json or one JSON file, pictures beside it"),
+    "coco_panoptic": Kind(
+        coco.coco_panoptic, None, "COCO panoptic: annotations/panoptic_*.json with its PNGs, pictures beside it"
+    ),
+    "lvis": Kind(coco.lvis, None, "LVIS v1: lvis_v1_*.json, pictures in train2017/, val2017/"),
+    "pairs": Kind(pairs, None, "any pictures with masks: images/<stem>.*, masks/<stem>.* or masks/<stem>_<k>.*"),
 }
 
 
-def match_masks(images: Path, masks: Path, *, numbered: str = "") -> list[tuple[Path, tuple[Path, ...]]]:
-    """Every picture of ``images`` with its masks, sorted by stem.
+def open_dataset(name: str, root: str | Path) -> Dataset:
+    """Index a data set; no picture is decoded.
 
-    A mask belongs to the picture of equal stem, else to the one whose stem is left when ``numbered`` (a regular
-    expression) is cut off its end.  Raises ``ValueError`` listing what is missing on either side.
+    ``root``: its folder, or for COCO's formats the annotation file.  What is wrong with single files or entries is in
+    ``problems`` and the rest is there.  ``ValueError`` for an unknown name, no such folder, a layout that is not the
+    one of this data set, and an annotation file that cannot be read at all.
     """
-    for folder in (images, masks):
-        if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}; give the data set's root folder")
-    pictures: dict[str, Path] = {}
-    for path in _pictures(images):
-        if path.stem in pictures:
-            raise ValueError(f"{pictures[path.stem].name} and {path.name} in {images} share a stem; keep one of them")
-        pictures[path.stem] = path
-    if not pictures:
-        raise ValueError(f"{images} holds no pictures ({', '.join(SUFFIXES)}); give the data set's root folder")
-    found: dict[str, list[Path]] = {stem: [] for stem in pictures}
-    strays = []
-    for path in _pictures(masks):
-        stem = path.stem if path.stem in found else re.sub(f"(?:{numbered})$", "", path.stem)
-        found.get(stem, strays).append(path)
-    bare = [pictures[stem] for stem, owned in found.items() if not owned]
-    if bare or strays:
-        wrong = [f"{_listed(paths)} without {what}" for paths, what in ((bare, "mask"), (strays, "picture")) if paths]
-        raise ValueError(f"{images.parent}: {' and '.join(wrong)}; complete or remove them")
-    return [(pictures[stem], tuple(sorted(found[stem], key=_by_number))) for stem in sorted(pictures)]
+    if name not in DATASETS:
+        raise ValueError(f"got data set {name!r:.80}; give one of {', '.join(DATASETS)}")
+    kind, root = DATASETS[name], Path(root)
+    if not (root.is_dir() or (root.is_file() and root.suffix == ".json")):
+        raise ValueError(f"there is no folder {root}; give the root folder of {name}")
+    try:
+        items, problems, note = kind.make(root)
+    except WrongLayout as error:
+        raise ValueError(f"{error}; expected {kind.line}") from None
+    except OSError as error:
+        raise ValueError(
+            f"{root} cannot be read ({error.strerror}: {error.filename}); check its permissions"
+        ) from error
+    uses = Counter(item.name for item in items)
+    twice = [shared for shared, count in uses.items() if count > 1]
+    problems = problems + [Problem(shared, f"{uses[shared]} masks have this name; keep one") for shared in twice]
+    items = [item for item in items if uses[item.name] == 1]
+    return Dataset(name, tuple(items), tuple(problems), kind.expected, note)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+def check(dataset: Dataset, threads: int = 4) -> tuple[Problem, ...]:
+    """All problems at once: those of the index and, in the order of the items, those of loading every item."""
+    pictures: dict[Path, list[int]] = {}
+    for i, item in enumerate(dataset.items):
+        pictures.setdefault(item.picture, []).append(i)
 
-
-def _by_number(path: Path) -> tuple[int, str]:
-    return len(path.stem), path.stem
-
-
-def _listed(paths: Sequence[Path], most: int = 5) -> str:
-    more = f" and {len(paths) - most} more" if len(paths) > most else ""
-    return ", ".join(path.name for path in paths[:most]) + more
-
-
-def _samples(files: Sequence[tuple[Path, Sequence[Path]]], dataset: str) -> Iterator[Sample]:
-    for picture, masks in files:
-        pixels = read_image(picture).pixels
-        for path in masks:
-            name = picture.stem if len(masks) == 1 else path.stem
-            yield Sample(pixels, _object(path, picture, pixels), f"{dataset}/{name}", dataset)
-
-
-def _object(path: Path, picture: Path, pixels: np.ndarray) -> np.ndarray:
-    mask = read_mask(path)
-    if mask.shape != pixels.shape[:2]:
-        sizes = [f"{array.shape[1]}x{array.shape[0]}" for array in (mask, pixels)]
-        raise ValueError(f"{path} is {sizes[0]} and its picture {picture.name} {sizes[1]}; they must have one size")
-    if not mask.any():
-        raise ValueError(f"{path} holds no object (every value is 0); remove it or draw the object")
-    return mask
-
-
-@dataclass(frozen=True, eq=False)
-class PhotoBank:
-    """Training photos with their masks, decoded, as tensors on one device.
-
-    n photos lie top left in squares of side P, m masks likewise; the rest of a square repeats the last row and column,
-    so that neighbours may be averaged up to a photo's edge.  Coordinates are (x, y) in photo pixels, pixel i covering
-    [i, i + 1].
-
-    ``photos`` (n, 3, P, P) uint8 RGB; ``sizes`` (n, 2) float32 width and height; ``colours`` (n, 3) float32 mean RGB in
-    [0, 1]; ``first``, ``count`` (n,) int64: the masks of photo i are ``first[i]`` … ``first[i] + count[i] - 1``.
-    ``masks`` (m, P, P) uint8, 0 or 255; ``owners`` (m,) int64 their photos; ``boxes`` (m, 4) float32 bounds x0, y0, x1,
-    y1; ``anchors`` (m, 2) float32 centre of the object pixel nearest to the middle of the box.
-    ``names``: ``part/stem`` of each photo.
-    """
-
-    photos: Tensor
-    sizes: Tensor
-    colours: Tensor
-    first: Tensor
-    count: Tensor
-    masks: Tensor
-    owners: Tensor
-    boxes: Tensor
-    anchors: Tensor
-    names: tuple[str, ...]
-
-    @classmethod
-    def load(cls, folders: Sequence[Path], long_side: int = 448, threads: int = 16) -> PhotoBank:
-        """Decode folders in the layout of :func:`pairs` into main memory, photos sorted by stem over all folders.
-
-        Photos whose long side exceeds ``long_side`` (the P above, a multiple of 8) are shrunk to it, none is enlarged.
-        Raises ``ValueError`` naming every file that cannot be used.
-        """
-        if long_side < 8 or long_side % 8:
-            raise ValueError(f"got long_side={long_side}; give a positive multiple of 8")
-        files = [
-            pair
-            for folder in folders
-            for pair in match_masks(Path(folder) / "images", Path(folder) / "masks", numbered=r"_\d+")
-        ]
-        files.sort(key=lambda pair: (pair[0].stem, pair[0]))
-        if not files:
-            raise ValueError("there are no folders to load; give at least one folder with images/ and masks/")
-        count = np.array([len(masks) for _, masks in files])
-        first = np.cumsum(count) - count
-        n, m, side = len(files), int(count.sum()), long_side
-        photos, masks = np.empty((n, 3, side, side), np.uint8), np.empty((m, side, side), np.uint8)
-        sizes, colours = np.empty((n, 2), np.float32), np.empty((n, 3), np.float32)
-        boxes, anchors = np.empty((m, 4), np.float32), np.empty((m, 2), np.float32)
-
-        def decode(i: int) -> str | None:
-            picture, paths = files[i]
+    def load(numbers: list[int]) -> list[tuple[int, Problem]]:
+        wrong = []
+        pixels = None
+        for i in numbers:
+            item = dataset.items[i]
             try:
-                pixels = read_image(picture).pixels
-                objects = [_object(path, picture, pixels) for path in paths]
+                if pixels is None:
+                    pixels = read_image(item.picture).pixels
+                item.sample(pixels)
             except ValueError as error:
-                return str(error)
-            pixels = _shrink(pixels, side)
-            sizes[i] = pixels.shape[1::-1]
-            colours[i] = pixels.mean((0, 1)) / 255
-            photos[i] = _filled(pixels, side).transpose(2, 0, 1)
-            for k, mask in enumerate(objects, start=first[i]):
-                grey = _shrink(mask.astype(np.uint8) * 255, side)
-                mask = grey > min(127, int(grey.max()) - 1)  # a thin object is not lost in shrinking
-                boxes[k], anchors[k] = _box_and_anchor(mask)
-                masks[k] = _filled(mask.astype(np.uint8) * 255, side)
-            return None
+                wrong.append((i, Problem(item.name, str(error))))
+        return wrong
 
-        with ThreadPoolExecutor(threads) as pool:
-            problems = [problem for problem in pool.map(decode, range(n)) if problem]
-        if problems:
-            raise ValueError(f"{len(problems)} of {n} photos cannot be used: " + "; ".join(problems))
-        return cls(
-            photos=torch.from_numpy(photos),
-            sizes=torch.from_numpy(sizes),
-            colours=torch.from_numpy(colours),
-            first=torch.from_numpy(first),
-            count=torch.from_numpy(count),
-            masks=torch.from_numpy(masks),
-            owners=torch.from_numpy(np.repeat(np.arange(n), count)),
-            boxes=torch.from_numpy(boxes),
-            anchors=torch.from_numpy(anchors),
-            names=tuple(f"{picture.parent.parent.name}/{picture.stem}" for picture, _ in files),
+    with ThreadPoolExecutor(threads) as pool:
+        found = sorted(
+            (pair for wrong in pool.map(load, pictures.values()) for pair in wrong), key=lambda pair: pair[0]
         )
-
-    def __len__(self) -> int:
-        """Number of photos."""
-        return len(self.names)
-
-    @property
-    def side(self) -> int:
-        """P, the side in pixels of the squares that photos lie in."""
-        return self.photos.shape[-1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.photos.device
-
-    def to(self, device: torch.device | str) -> PhotoBank:
-        """The same bank on another device."""
-        tensors = [field.name for field in fields(self) if field.name != "names"]
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
-
-    def split(self, every: int = 25) -> tuple[PhotoBank, PhotoBank]:
-        """(training, held out): photos ``every - 1``, ``2 * every - 1``, … are held out; both are copies."""
-        if not 2 <= every <= len(self):
-            raise ValueError(f"got every={every}; give a number from 2 to the number of photos, {len(self)}")
-        held_out = torch.arange(len(self), device=self.device) % every == every - 1
-        return self._where(~held_out), self._where(held_out)
-
-    def _where(self, keep: Tensor) -> PhotoBank:
-        of_mask = keep[self.owners]
-        count = self.count[keep]
-        return PhotoBank(
-            photos=self.photos[keep],
-            sizes=self.sizes[keep],
-            colours=self.colours[keep],
-            first=count.cumsum(0) - count,
-            count=count,
-            masks=self.masks[of_mask],
-            owners=torch.repeat_interleave(torch.arange(len(count), device=self.device), count),
-            boxes=self.boxes[of_mask],
-            anchors=self.anchors[of_mask],
-            names=tuple(name for name, kept in zip(self.names, keep.tolist()) if kept),
-        )
-
-    def samples(self) -> Iterator[Sample]:
-        """Every mask with its photo, as stored; ``name`` is ``part/stem#k``."""
-        for i, name in enumerate(self.names):
-            width, height = self.sizes[i].int().tolist()
-            pixels = self.photos[i, :, :height, :width].permute(1, 2, 0).contiguous().cpu().numpy()
-            for k in range(int(self.count[i])):
-                mask = self.masks[self.first[i] + k, :height, :width].cpu().numpy() > 0
-                yield Sample(pixels, mask, f"{name}#{k}", name.split("/")[0])
+    return dataset.problems + tuple(problem for _, problem in found)
 
 
-def _shrink(array: np.ndarray, long_side: int) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 with its long side at most ``long_side``, by averaging."""
-    import cv2
-
-    factor = long_side / max(array.shape[:2])
-    if factor >= 1:
-        return array
-    height, width = (max(1, round(length * factor)) for length in array.shape[:2])
-    return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA)
+_LISTS = ("list/val.txt", "val.txt")
+_TRIMAP_NOTE = "mask values above 128 and exactly 1 are object, 128 is ignored by clicks and IoU"
 
 
-def _filled(array: np.ndarray, side: int) -> np.ndarray:
-    height, width = array.shape[:2]
-    return np.pad(array, ((0, side - height), (0, side - width)) + ((0, 0),) * (array.ndim - 2), mode="edge")
+def _first_layout(root: Path, *layouts: tuple[str, str]) -> tuple[str, str]:
+    for layout in layouts:
+        if all((root / folder).is_dir() for folder in layout):
+            return layout
+    raise WrongLayout(f"{root} has no folders {' or '.join('/ and '.join(layout) for layout in layouts)}/")
 
 
-def _box_and_anchor(mask: np.ndarray) -> tuple[tuple[float, ...], tuple[float, float]]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-    x, y = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
-    if not mask[y, x]:
-        ys, xs = np.nonzero(mask)
-        nearest = np.argmin((ys - y) ** 2 + (xs - x) ** 2)
-        y, x = ys[nearest], xs[nearest]
-    return box, (x + 0.5, y + 0.5)
+def _folder(
+    root: Path,
+    images: str,
+    masks: str,
+    group: str,
+    *,
+    numbered: str = "",
+    rule: str = "above zero",
+    lists: Iterable[str] = (),
+) -> tuple[list[Item], list[Problem]]:
+    """Items of ``images/`` and ``masks/`` below ``root``, sorted by stem, named by the picture where it has one mask."""
+    file = next((root / name for name in lists if (root / name).is_file()), None)
+    lines = [] if file is None else read_lines(file)
+    chosen = None if file is None else {Path(line).stem if Path(line).suffix in SUFFIXES else line for line in lines}
+    matched, problems = index_masks(root / images, root / masks, numbered=numbered, chosen=chosen)
+    if file is not None and chosen is not None:
+        there = {path.stem for picture, owned in matched for path in (picture, *owned)}
+        named = {Path(problem.where).stem for problem in problems}
+        missing = sorted(chosen - there - named)
+        place = file.relative_to(root).as_posix()
+        problems += [Problem(place, f"lists {stem!r:.80}, which has no picture with a mask") for stem in missing]
+    items = []
+    for picture, owned in matched:
+        for path in owned:
+            stem = picture.stem if len(owned) == 1 else path.stem
+            items.append(Item(f"{group}/{stem}", group, picture, MaskFile(path, rule)))
+    return items, problems

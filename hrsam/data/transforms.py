@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, PositiveFloat
 from torch import Tensor
 
 from hrsam.config import Settings
-from hrsam.data.datasets import PhotoBank
+from hrsam.data.bank import PhotoBank
 from hrsam.data.jpeg import LUMA, jpeg_artefacts, mix_colours
 
 MEAN = (123.675, 116.28, 103.53)
