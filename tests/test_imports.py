@@ -20,7 +20,7 @@ HOUSE = (
     (3, "clicks models"),
     (3, "weightfile"),
     (3, "weights"),
-    (4, "session rollout"),
+    (4, "baselines report session rollout"),
     (5, "evaluation predictor train"),
     (6, "demo doctor predict"),
     (7, "cli"),
