@@ -83,6 +83,7 @@ def next_click(
     *,
     rule: str = "frozen",
     rng: random.Random | None = None,
+    ignore: np.ndarray | None = None,
 ) -> Click | None:
     """The simulated user's next click, on a pixel centre; ``None`` if nothing is wrong.
 
@@ -99,6 +100,7 @@ def next_click(
 
     ``frozen`` is ours: HRSAM's rule without chance.  ``hrsam`` is that of HRSAM, FocSAM and Inter2Former, ``ritm`` that
     of RITM, SimpleClick and SegNext.  If a click changed nothing, ``ritm`` puts the next beside it, the others far off.
+    With ``rng`` every rule draws among several deepest pixels.  ``ignore`` (H, W) bool: pixels that are never wrong.
     Distances are compared as exact integers (squared), so rounding decides no tie; for sides up to 16,384.
     Raises ``ValueError`` for arrays that are not bool (H, W) of one size, clicks outside of them, an unknown rule,
     ``hrsam`` without ``rng``.
@@ -114,6 +116,10 @@ def next_click(
         raise ValueError("the rule 'hrsam' draws among equals: give rng=random.Random(seed)")
     check_clicks(clicks, *truth.shape)
     missed, extra = truth & ~mask, mask & ~truth
+    if ignore is not None:
+        if ignore.dtype != bool or ignore.shape != truth.shape:
+            raise ValueError(f"ignore must be bool {truth.shape} as truth; got {ignore.dtype} {ignore.shape}")
+        missed, extra = missed & ~ignore, extra & ~ignore
     clicked = [_pixel(click) for click in clicks]
     if rule != "ritm":
         for pixel in clicked:
@@ -125,7 +131,7 @@ def next_click(
         return Click(0, 0, positive=False) if rule == "ritm" else None
     positive = depth_missed > depth_extra
     deepest = deepest_missed if positive else deepest_extra
-    row, col = deepest[rng.randrange(len(deepest)) if rng is not None and rule == "hrsam" else 0]
+    row, col = deepest[0 if rng is None else rng.randrange(len(deepest))]
     return Click(int(col), int(row), positive)
 
 
@@ -209,7 +215,7 @@ def simulate_clicks(
         )
     if not isinstance(spread, Tensor) and spread < 1:
         raise ValueError(f"spread must be at least 1; got {spread}")
-    squared = squared_distance(torch.stack((truth & ~mask, mask & ~truth))).flatten(2)
+    squared = squared_distance(torch.stack((truth & ~mask, mask & ~truth)), impl="torch").flatten(2)
     missed, extra = squared.amax(2)
     any_wrong = torch.maximum(missed, extra) > 0
     some_object = truth.flatten(1).any(1)

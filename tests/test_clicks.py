@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hrsam.clicks import Click, _deepest, _settle, check_clicks, next_click, parse_click, random_clicks, simulate_clicks
+from hrsam.kernels import has_triton
 from hrsam.ops.distance import squared_distance
 
 
@@ -42,13 +43,33 @@ def test_distance_by_hand():
         assert squared_distance(mask, impl=impl).tolist() == expected
 
 
+FAST = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="needs Triton"))]
+
+
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("share", [0.2, 0.9, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (3, 2, 13, 9), (2, 21, 32)])
-def test_distance_equals_definition(shape, share):
+def test_distance_equals_definition(shape, share, impl):
     mask = torch.rand(shape, generator=generator()) < share
-    squared = squared_distance(mask, impl="torch")
+    squared = squared_distance(mask, impl=impl)
     assert squared.dtype == torch.int32
     assert torch.equal(squared, squared_distance(mask, impl="naive"))
+
+
+@pytest.mark.parametrize("impl", FAST)
+def test_distance_over_several_tiles_and_views(impl):
+    """Tiles of the kernel's second pass are 4 x 128; a transposed mask is not contiguous."""
+    mask = torch.rand(140, 11, generator=generator()).lt(0.995).t()
+    assert torch.equal(squared_distance(mask, impl=impl), squared_distance(mask, impl="naive"))
+    assert squared_distance(torch.ones(0, 3, 4, dtype=torch.bool), impl=impl).shape == (0, 3, 4)
+
+
+@pytest.mark.gpu
+def test_distance_on_gpu():
+    for shape, share in (((2, 257, 311), 0.9999), ((1, 2048, 2048), 0.99999), ((1, 1500, 2188), 1.0)):
+        mask = (torch.rand(shape, generator=generator()) < share).cuda()
+        squared = squared_distance(mask, impl="triton")
+        assert torch.equal(squared, squared_distance(mask, impl="torch"))
 
 
 @pytest.mark.parametrize("band", [1, 40, 130])

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrsam.kernels import resolve_impl
+
 # Elements of one block of (rows, cols, W + 2) sums: 256 MiB on a GPU (two blocks may be alive), about a cache on a CPU.
 BAND_CUDA, BAND_CPU = 1 << 26, 1 << 18
 
@@ -36,6 +38,12 @@ def torch_squared_distance(mask: Tensor) -> Tensor:
     return out.view(mask.shape)
 
 
+def triton_squared_distance(mask: Tensor) -> Tensor:
+    from hrsam.kernels.distance import squared_distance
+
+    return squared_distance(mask.flatten(0, -3)).view(mask.shape)
+
+
 def naive_squared_distance(mask: Tensor) -> Tensor:
     """The definition: for each True pixel the minimum over all False pixels of picture and frame."""
     out = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
@@ -50,13 +58,12 @@ def squared_distance(mask: Tensor, *, impl: str = "auto") -> Tensor:
     """Squared distance to the nearest False pixel, the outside of the picture counting as False.
 
     ``mask`` (..., H, W) bool -> (..., H, W) int32 in pixels², exact for sides up to 32,766; False pixels get 0.
-    Work O(H · W²) a picture, meant for pictures of a few hundred pixels; working memory is bounded.  No gradient.
-    ``impl``: ``"naive"`` (definition), ``"torch"``, or ``"auto"``.
+    Work of ``torch`` is O(H · W²) a picture, meant for pictures of a few hundred pixels, with bounded working memory; of
+    ``triton`` O(H · W · greatest distance), for any.  No gradient.
+    ``impl``: ``"naive"`` (definition), ``"torch"``, ``"triton"``, or ``"auto"``, see :func:`hrsam.kernels.resolve_impl`.
     Raises ``ValueError`` for a mask that is not bool or has fewer than two dimensions, or an unknown implementation.
     """
     if mask.dtype != torch.bool or mask.ndim < 2:
         raise ValueError(f"the mask must be bool (..., H, W); got {mask.dtype} {tuple(mask.shape)}")
-    functions = {"naive": naive_squared_distance, "torch": torch_squared_distance, "auto": torch_squared_distance}
-    if impl not in functions:
-        raise ValueError(f"squared_distance has no implementation {impl!r}; choose one of {', '.join(functions)}")
-    return functions[impl](mask.unsqueeze(0)).squeeze(0)
+    functions = {"naive": naive_squared_distance, "torch": torch_squared_distance, "triton": triton_squared_distance}
+    return functions[resolve_impl(impl, mask)](mask.unsqueeze(0)).squeeze(0)
