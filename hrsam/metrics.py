@@ -23,7 +23,10 @@ def iou(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> Any:
         raise ValueError(
             f"masks must be bool and of one shape; got {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}"
         )
-    intersection, union = (a & b).sum((-2, -1)), (a | b).sum((-2, -1))
+    if isinstance(a, np.ndarray) and a.ndim == 2:  # counting all at once is ten times as fast as adding along axes
+        intersection, union = np.count_nonzero(a & b), np.count_nonzero(a | b)
+    else:
+        intersection, union = (a & b).sum((-2, -1)), (a | b).sum((-2, -1))
     empty = union == 0
     return (intersection + empty) / (union + empty)
 
@@ -35,19 +38,40 @@ def boundary_iou(a: np.ndarray, b: np.ndarray, *, share: float = 0.02) -> float:
     d = ``share`` of the picture's diagonal, rounded, at least 1.
     Source: Cheng et al., "Boundary IoU" (arXiv 2103.16562), §4.
     """
-    import cv2
-
     if a.dtype != bool or a.ndim != 2:
         raise ValueError(f"masks must be bool arrays (H, W); got {a.dtype} {a.shape}")
     width = max(1, round(share * float(np.hypot(*a.shape))))
+    return float(iou(_band(a, width), _band(b, width)))
 
-    def band(mask: np.ndarray) -> np.ndarray:
-        eroded = cv2.erode(
-            mask.view(np.uint8), np.ones((3, 3)), iterations=width, borderType=cv2.BORDER_CONSTANT, borderValue=0
-        )
-        return mask & (eroded == 0)
 
-    return float(iou(band(a), band(b)))
+def _band(mask: np.ndarray, width: int) -> np.ndarray:
+    import cv2
+
+    framed = np.pad(mask.view(np.uint8), 1)
+    return mask & (cv2.distanceTransform(framed, cv2.DIST_C, cv2.DIST_MASK_3)[1:-1, 1:-1] <= width)
+
+
+def thin_part(mask: np.ndarray, *, share: float = 0.01) -> np.ndarray:
+    """What is thin of a mask (H, W) bool: what an opening by a disc takes away.
+
+    The disc's diameter is ``share`` of the picture's diagonal, at least 3 pixels; the picture's edge is no boundary, so
+    that objects cut by it are not thin there.  Corners lose a few pixels to any opening: a part below 1 % of the mask
+    counts as none, all False.  Ours; for the recall of antlers, poles and cables.
+    """
+    import cv2
+
+    if mask.dtype != bool or mask.ndim != 2:
+        raise ValueError(f"a mask must be a bool array (H, W); got {mask.dtype} {mask.shape}")
+    radius = max(1.5, share * float(np.hypot(*mask.shape)) / 2)
+
+    def distance(region: np.ndarray) -> np.ndarray:
+        return cv2.distanceTransform(region.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+
+    if mask.all():
+        return np.zeros_like(mask)
+    core = distance(mask) > radius
+    thin = mask & (distance(~core) > radius) if core.any() else mask.copy()
+    return thin if thin.sum() >= 0.01 * mask.sum() else np.zeros_like(mask)
 
 
 def clicks_needed(ious: np.ndarray, threshold: float, max_clicks: int = 20) -> np.ndarray:

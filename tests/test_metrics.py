@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hrsam.metrics import boundary_iou, clicks_needed, failures, iou, mean_iou_after, noc
+from hrsam.metrics import boundary_iou, clicks_needed, failures, iou, mean_iou_after, noc, thin_part
 
 
 def ious():
@@ -85,3 +85,22 @@ def test_tables_are_checked():
     table[3, 7] = np.nan
     with pytest.raises(ValueError, match="sample 3"):
         noc(table, 0.9)
+
+
+def test_thin_part_is_what_an_opening_takes_away():
+    mask = np.zeros((300, 400), bool)  # diagonal 500: a disc 5 wide
+    mask[100:160, 100:160] = True
+    mask[128:131, 160:300] = True  # a bar 3 wide
+    thin = thin_part(mask)
+    assert thin[128:131, 165:300].all()
+    assert not thin[104:156, 104:156].any()
+    assert thin.sum() <= 3 * 140 + 4 * 5
+    wide = mask.copy()
+    wide[100:160, 160:300] = True
+    assert not thin_part(wide).any()  # corners alone are no thin part
+    assert not thin_part(np.ones((50, 60), bool)).any()
+    cut = np.zeros((300, 400), bool)
+    cut[:, :3] = True  # its edge lies outside of the picture, it may go on there
+    assert not thin_part(cut).any() or thin_part(cut).all()
+    with pytest.raises(ValueError, match="bool array"):
+        thin_part(mask.astype(np.uint8))
