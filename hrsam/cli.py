@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -90,6 +91,60 @@ def predict(
 
 
 @app.command()
+def evaluate(
+    reports: Annotated[Optional[list[Path]], typer.Argument(help="With --compare: two or more report.json.")] = None,  # noqa: UP045
+    dataset: Annotated[Optional[str], typer.Option("--dataset", help="See --list.")] = None,  # noqa: UP045
+    root: Annotated[Optional[Path], typer.Option("--root", help="Where the data set lies.")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option("--out", help="Folder for traces and reports.")] = None,  # noqa: UP045
+    model: Model = DEFAULT_MODEL,
+    method: Annotated[str, typer.Option(help="model, or a baseline: grabcut, random_walker.")] = "model",
+    protocol: Annotated[str, typer.Option(help="frozen, hrsam or ritm.")] = "frozen",
+    side: Annotated[Optional[int], typer.Option(min=64, max=16384, help="Longest input side in pixels.")] = None,  # noqa: UP045
+    clicks: Annotated[int, typer.Option(min=1, max=1000, help="Clicks on each object.")] = 20,
+    ties: Annotated[Optional[str], typer.Option(help="Between deepest pixels: first or seeded.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[int], typer.Option(help="Of seeded ties.")] = None,  # noqa: UP045
+    tie_seeds: Annotated[int, typer.Option(min=0, max=100, help="Report the spread over so many tie seeds.")] = 0,
+    replay: Annotated[Optional[Path], typer.Option(help="Make the clicks of this traces.jsonl.")] = None,  # noqa: UP045
+    on_error: Annotated[str, typer.Option(help="When something of the data is unusable: stop or skip.")] = "stop",
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Only the first so many objects.")] = None,  # noqa: UP045
+    device: Device = "auto",
+    processes: Annotated[int, typer.Option(min=0, max=1024, help="0: one a core on a CPU, one on a GPU.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Of each process; may change the last bits.")] = 1,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Compare the report.json files named as arguments.")
+    ] = False,
+    any_protocol: Annotated[
+        bool, typer.Option("--any-protocol", help="Compare what differs in more than the model.")
+    ] = False,
+    listing: Annotated[bool, typer.Option("--list", help="List data sets, methods and protocols.")] = False,
+) -> None:
+    """How many clicks does a mask take?  hrsam evaluate --dataset davis --root data/DAVIS --out out/davis"""
+    from hrsam import evaluate as run
+    from hrsam.report import table
+
+    if listing:
+        for line in run.choices():
+            typer.echo(line)
+        return
+    if compare:
+        typer.echo(run.compare_files(reports or (), out, strict=not any_protocol))
+        return
+    if reports:
+        raise ValueError(f"got {reports[0]} without --compare; files are named only to compare them")
+    if dataset is None or root is None or out is None:
+        raise ValueError("an evaluation needs --dataset, --root and --out; hrsam evaluate --list names the data sets")
+    what = run.Evaluation(
+        dataset, str(root), str(out), method=method, model=model, side=side, device=_device(device),
+        protocol=run.choose_protocol(protocol, clicks=clicks, ties=ties, seed=seed), tie_seeds=tie_seeds,
+        replay=None if replay is None else str(replay), on_error=on_error, limit=limit, processes=processes,
+        threads=threads, command=shlex.join(["hrsam", *sys.argv[1:]]),
+    )  # fmt: skip
+    if report := run.evaluate(what, say=lambda line: typer.echo(line, err=True), progress=sys.stderr.isatty()):
+        typer.echo(table(report))
+        typer.echo(f"written: {out}/report.html, report.md, report.json, traces.jsonl")
+
+
+@app.command()
 def models() -> None:
     """List architectures and trained weights."""
     from hrsam.weights import describe_models
@@ -140,21 +195,26 @@ def train(
 
 def _load(name: str, device: str):
     """Load a model onto a device, both named by a person."""
-    import torch
-
     from hrsam.weights import load
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load(name, device=_device(device))
+
+
+def _device(name: str) -> str:
+    """A device named by a person, ``auto`` settled; ``ValueError`` when it is not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        where = torch.device(device)
+        where = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"there is no device {device!r}; use cpu, cuda, cuda:0, … or auto") from None
+        raise ValueError(f"there is no device {name!r}; use cpu, cuda, cuda:0, … or auto") from None
     if where.type == "cuda" and (not torch.cuda.is_available() or (where.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"the device {device} is not available here; use --device cpu or auto")
+        raise ValueError(f"the device {name} is not available here; use --device cpu or auto")
     if where.type not in ("cpu", "cuda"):
-        raise ValueError(f"the device {device!r} is not supported; use cpu, cuda or auto")
-    return load(name, device=device)
+        raise ValueError(f"the device {name!r} is not supported; use cpu, cuda or auto")
+    return name
 
 
 def main() -> None:

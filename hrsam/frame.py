@@ -123,11 +123,11 @@ class Frame:
             out[rows] = band
         return torch.from_numpy(out)
 
-    def mask_to_original(self, logits: Tensor) -> np.ndarray:
-        """``logits_to_original(logits) > 0`` as (height, width) bool, in a quarter of the memory."""
+    def mask_to_original(self, logits: Tensor, above: float = 0.0) -> np.ndarray:
+        """``logits_to_original(logits) > above`` as (height, width) bool, in a quarter of the memory."""
         out = np.empty((self.height, self.width), bool)
         for rows, band in self._enlarged(logits):
-            np.greater(band, 0, out=out[rows])
+            np.greater(band, above, out=out[rows])
         return out
 
     def _enlarged(self, logits: Tensor) -> Iterator[tuple[slice, np.ndarray]]:

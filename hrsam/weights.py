@@ -43,10 +43,15 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu") -> HRSAM:
     A tag is looked up in the manifests, and its file's SHA-256 is checked.  Raises ``ValueError`` for an unknown name,
     and its subclass :class:`WeightsError` for a bad file.
     """
+    return load_file(locate(name_or_path)).to(device)
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """The weight file that :func:`load` reads, a listed one's SHA-256 checked; errors as there."""
     name = str(name_or_path)
     path = Path(name)
     if isinstance(name_or_path, Path) or path.name != name or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
-        return load_file(path).to(device)
+        return path
     listed = _listed()
     if name in PRESETS:
         tags = [tag for tag, (_, entry) in listed.items() if entry.preset == name]
@@ -64,7 +69,7 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu") -> HRSAM:
         raise WeightsError(f"{folder / 'manifest.yaml'} lists {name}, but its file {path} is missing")
     if (found := sha256(path)) != entry.sha256:
         raise WeightsError(f"{path} is damaged or not the listed file: SHA-256 {found}, manifest says {entry.sha256}")
-    return load_file(path).to(device)
+    return path
 
 
 class ManifestEntry(Settings):

@@ -272,7 +272,7 @@ def test_demo(tmp_path, hrsam, model_file):
     assert f"encoded {overlay.shape[1]}x{overlay.shape[0]} pixels at side 64" in out
 
 
-@pytest.mark.parametrize("command", ["demo", "predict", "models", "doctor", "convert", "train"])
+@pytest.mark.parametrize("command", ["demo", "predict", "evaluate", "models", "doctor", "convert", "train"])
 def test_every_command_explains_itself(hrsam, command):
     code, out, err = hrsam(command, "--help")
     assert (code, err) == (0, "")
@@ -286,6 +286,58 @@ def test_convert_and_train_refuse_in_one_sentence(tmp_path, hrsam):
     (tmp_path / "run.yaml").write_text("preset: hrsam_t\ndata: [a]\nout: out\nphases: []\n")
     refused(hrsam("train", "run.yaml", "sed=1"), "sed: no such setting; did you mean 'seed'")
     assert os.listdir() == ["run.yaml"]
+
+
+def test_evaluate(tmp_path, hrsam, model_file):
+    for folder, array in (
+        ("images", PIXELS),
+        ("masks", np.pad(np.full((20, 30), 255, np.uint8), ((10, 30), (20, 30)))),
+    ):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        (tmp_path / "set" / folder / "a.png").write_bytes(png(array))
+    play = (
+        "evaluate",
+        "--dataset",
+        "pairs",
+        "--root",
+        "set",
+        "--side",
+        64,
+        "--device",
+        "cpu",
+        "--processes",
+        1,
+        "--clicks",
+        2,
+    )
+    code, out, err = hrsam(*play, "--model", model_file, "--out", "one")
+    assert code == 0, err
+    assert "NoC@90" in out
+    assert "one/report.html" in out
+    report = json.loads((tmp_path / "one" / "report.json").read_text())
+    assert report["command"].startswith("hrsam evaluate --dataset pairs")
+    assert report["protocol"]["name"] == "frozen clicks=2"
+    assert hrsam(*play, "--method", "grabcut", "--out", "two")[0] == 0
+    code, out, err = hrsam("evaluate", "--compare", "one/report.json", "two/report.json", "--out", "both")
+    assert code == 0, err
+    assert "grabcut" in out
+    assert (tmp_path / "both" / "compare.html").is_file()
+    code, out, _ = hrsam("evaluate", "--list")
+    assert code == 0
+    assert all(word in out for word in ("davis", "345 objects", "grabcut", "ritm"))
+
+
+def test_evaluate_refuses_in_one_sentence(tmp_path, hrsam, model_file):
+    refused(hrsam("evaluate"), "an evaluation needs --dataset, --root and --out")
+    refused(hrsam("evaluate", "--compare", "a.json"), "a.json")
+    refused(hrsam("evaluate", "a.json"), "without --compare")
+    usual = ("--dataset", "pairs", "--root", "none", "--out", "out", "--device", "cpu")
+    refused(hrsam("evaluate", *usual), "there is no folder none")
+    refused(hrsam("evaluate", *usual, "--protocol", "best"), "choose one of frozen, hrsam, ritm")
+    refused(hrsam("evaluate", *usual, "--method", "magic"), "unknown method 'magic'")
+    refused(hrsam("evaluate", *usual, "--ties", "last"), "ties are 'first' or 'seeded'")
+    refused(hrsam("evaluate", "--dataset", "davids", "--root", ".", "--out", "out"), "davids")
+    assert os.listdir() == []
 
 
 def test_verbose_shows_the_traceback(hrsam, monkeypatch):

@@ -20,9 +20,11 @@ HOUSE = (
     (3, "clicks models"),
     (3, "weightfile"),
     (3, "weights"),
-    (4, "baselines report session rollout"),
+    (4, "baselines report session rollout traces"),
     (5, "evaluation predictor train"),
+    (5, "playing"),
     (6, "demo doctor predict"),
+    (6, "evaluate"),
     (7, "cli"),
     (8, "hrsam __main__"),
 )

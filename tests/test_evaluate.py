@@ -1,0 +1,201 @@
+"""A whole evaluation: files, processes, going on after a stop, bad data, replay, comparison."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hrsam import evaluate as run
+from hrsam.data.datasets import open_dataset
+from hrsam.evaluate import Evaluation, choices, choose_protocol, compare_files, evaluate
+from hrsam.evaluation import Protocol
+from hrsam.playing import play_all
+from hrsam.report import read_report
+from hrsam.traces import read_traces, traces_hash
+from hrsam.weightfile import save
+from tests.builders import photo, small_model
+
+CLICKS = 3
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save(small_model(), path, metadata={"licence": "none", "source": "test"})
+    return path
+
+
+def make_pairs(root, count):
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for i in range(count):
+        height, width = 40 + 3 * i % 20, 60 + 7 * i % 30
+        mask = np.zeros((height, width), np.uint8)
+        mask[5 + i % 7 : 30, 10 + 2 * i % 15 : 45] = 255
+        Image.fromarray(photo(height, width, seed=i)).save(root / "images" / f"{i:02}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_pairs(tmp_path_factory.mktemp("data") / "set", 5)
+
+
+@pytest.fixture
+def what(weights, root, tmp_path):
+    return Evaluation(
+        "pairs", str(root), str(tmp_path / "out"), model=str(weights), side=64, protocol=Protocol(clicks=CLICKS),
+        processes=1, command="hrsam evaluate",
+    )  # fmt: skip
+
+
+def test_files_and_numbers(what, tmp_path):
+    report = evaluate(what)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {"parts", "report.html", "report.json", "report.md", "traces.jsonl"}
+    assert read_report(out / "report.json")["summary"]["all"]["noc"] == report["summary"]["all"]["noc"]
+    head, traces = read_traces(out / "traces.jsonl")
+    assert head["method"]["weights_sha256"] == report["method"]["weights_sha256"]
+    assert traces_hash(traces) == report["trace_sha256"]
+    assert [trace.name for trace in traces] == [item.name for item in open_dataset("pairs", what.root).items]
+    assert report["summary"]["all"]["iou"][0] == pytest.approx(np.mean([trace.ious[0] for trace in traces]))
+    assert "00" in (out / "report.html").read_text()
+    assert report["seconds"]["click"] > 0
+
+
+def test_many_processes_and_any_order_give_the_same_traces(what, tmp_path):
+    """F15 in small; the slow test below is the large one."""
+    one = evaluate(what)["trace_sha256"]
+    two = evaluate(replace(what, out=str(tmp_path / "two"), processes=2))["trace_sha256"]
+    assert one == two
+    dataset = open_dataset(what.dataset, what.root)
+    backwards = replace(dataset, items=dataset.items[::-1])
+    traces = play_all(backwards, what.segmenter, what.protocol, {}, tmp_path / "backwards")
+    assert traces_hash(traces) == one
+
+
+@pytest.mark.slow
+def test_sixty_pictures_one_hash(weights, tmp_path):
+    root = make_pairs(tmp_path / "set", 60)
+    what = Evaluation("pairs", str(root), "", model=str(weights), side=64, protocol=choose_protocol("hrsam", clicks=5))
+    hashes = {
+        evaluate(replace(what, out=str(tmp_path / f"{processes}-{repeat}"), processes=processes))["trace_sha256"]
+        for processes, repeat in [(1, 0), (2, 0), (4, 0), (1, 1), (2, 1), (4, 1), (2, 2)]
+    }
+    dataset = open_dataset("pairs", root)
+    shuffled = replace(dataset, items=tuple(np.random.default_rng(0).permutation(np.array(dataset.items, object))))
+    traces = play_all(shuffled, what.segmenter, what.protocol, {}, tmp_path / "shuffled", processes=2)
+    assert {*hashes, traces_hash(traces)} == {traces_hash(traces)}
+
+
+def test_a_stopped_run_goes_on_without_playing_again(what, tmp_path, monkeypatch):
+    whole = evaluate(what)
+    part = tmp_path / "out" / "parts" / "0.jsonl"
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join(lines[:3]) + lines[3][:50])  # killed while writing the third sample
+    played = []
+    real = run.play_all
+
+    def counted(dataset, make, *args, **kwargs):
+        segmenter = make()
+        start = segmenter.start
+        segmenter.start = lambda pixels: (played.append(1), start(pixels))
+        return real(dataset, lambda: segmenter, *args, **kwargs)
+
+    monkeypatch.setattr(run, "play_all", counted)
+    again = evaluate(what)
+    assert len(played) == 3
+    assert again["trace_sha256"] == whole["trace_sha256"]
+    with pytest.raises(ValueError, match="is of another evaluation"):
+        evaluate(replace(what, protocol=Protocol(clicks=CLICKS + 1)))
+
+
+def test_bad_data_is_listed_at_once_then_stops_or_is_skipped(what, tmp_path):
+    root = make_pairs(tmp_path / "bad", 4)
+    Image.new("L", (9, 9), 255).save(root / "masks" / "01.png")
+    Image.new("L", Image.open(root / "images" / "02.png").size).save(root / "masks" / "02.png")
+    (root / "images" / "03.png").write_bytes(b"no picture")
+    said = []
+    with pytest.raises(ValueError, match="3 problems"):
+        evaluate(replace(what, root=str(root)), say=said.append)
+    assert len(said) == 3
+    report = evaluate(replace(what, root=str(root), on_error="skip"))
+    assert [sample["name"] for sample in report["samples"]] == ["bad/00"]
+    assert len(report["data"]["problems"]) == 3
+
+
+def test_replay_scores_another_model_on_the_same_clicks(what, tmp_path):
+    first = evaluate(what)
+    other = tmp_path / "other.safetensors"
+    save(small_model(seed=1), other, metadata={"licence": "none", "source": "test"})
+    traces = str(tmp_path / "out" / "traces.jsonl")
+    replayed = evaluate(replace(what, out=str(tmp_path / "replay"), model=str(other), replay=traces))
+    clicks = [[sample["clicks"] for sample in report["samples"]] for report in (first, replayed)]
+    assert clicks[0] == clicks[1]
+    assert replayed["trace_sha256"] != first["trace_sha256"]
+    assert replayed["protocol"]["name"].startswith("replay ")
+    shorter = make_pairs(tmp_path / "more", 6)
+    with pytest.raises(ValueError, match="has no trace of"):
+        evaluate(replace(what, root=str(shorter), out=str(tmp_path / "x"), replay=traces))
+
+
+def test_tie_spread(what):
+    report = evaluate(replace(what, tie_seeds=2, limit=2))
+    assert report["tie_spread"]["seeds"] == [0, 1]
+    assert all(len(values) == 2 for values in report["tie_spread"]["noc"].values())
+    with pytest.raises(ValueError, match="a replay has no ties"):
+        replace(what, tie_seeds=2, replay="t.jsonl")
+
+
+def test_a_baseline_under_the_same_protocol(what, tmp_path):
+    report = evaluate(replace(what, out=str(tmp_path / "b"), method="grabcut", side=None, limit=2))
+    assert report["method"]["kind"] == "baseline"
+    assert report["method"]["weights_sha256"] is None
+    with pytest.raises(ValueError, match="unknown method"):
+        replace(what, method="magic")
+
+
+def test_comparison(what, tmp_path):
+    evaluate(what)
+    evaluate(replace(what, out=str(tmp_path / "b"), method="grabcut", side=None))
+    text = compare_files([tmp_path / "out/report.json", tmp_path / "b/report.json"], tmp_path / "c")
+    assert "grabcut" in text
+    assert (tmp_path / "c" / "compare.html").exists()
+
+
+def test_protocols_by_name():
+    assert choose_protocol("ritm").threshold == 0.49
+    assert choose_protocol("frozen", ties="seeded", seed=3).name == "frozen ties=seeded seed=3"
+    with pytest.raises(ValueError, match="unknown protocol"):
+        choose_protocol("best")
+    assert any("hqseg44k" in line and "1537" in line for line in choices())
+
+
+def test_under_a_launcher_every_process_takes_its_share(what, tmp_path):
+    """Two processes as ``torchrun`` starts them: RANK, WORLD_SIZE and an address."""
+    expected = evaluate(what)["trace_sha256"]
+    command = [
+        sys.executable, "-m", "hrsam", "evaluate", "--dataset", "pairs", "--root", what.root, "--model", what.model,
+        "--side", "64", "--clicks", str(CLICKS), "--device", "cpu", "--out", str(tmp_path / "two"),
+    ]  # fmt: skip
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for rank in (0, 1)
+    ]
+    ended = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert report["trace_sha256"] == expected
+    parts = {path.name: len(read_traces(path)[1]) for path in (tmp_path / "two" / "parts").iterdir()}
+    assert parts == {"0.jsonl": 3, "1.jsonl": 2}
