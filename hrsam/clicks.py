@@ -77,17 +77,18 @@ def _pixel(click: Click) -> tuple[int, int]:
 
 
 def next_click(
-    truth: np.ndarray,
-    mask: np.ndarray,
+    truth: np.ndarray | Tensor,
+    mask: np.ndarray | Tensor,
     clicks: Sequence[Click],
     *,
     rule: str = "frozen",
     rng: random.Random | None = None,
-    ignore: np.ndarray | None = None,
+    ignore: np.ndarray | Tensor | None = None,
 ) -> Click | None:
     """The simulated user's next click, on a pixel centre; ``None`` if nothing is wrong.
 
-    ``truth``, ``mask`` (H, W) bool at the original size; ``clicks`` made so far.  With a and b the greatest distance to
+    ``truth``, ``mask`` (H, W) bool at the original size, NumPy or tensors on one device, where the work is then done with
+    the same answer; ``clicks`` made so far.  With a and b the greatest distance to
     the boundary inside the missed object and inside the extra mask, the click is positive if a > b, else negative.
 
     ======== =================================== ============================= =====================================
@@ -105,10 +106,11 @@ def next_click(
     Raises ``ValueError`` for arrays that are not bool (H, W) of one size, clicks outside of them, an unknown rule,
     ``hrsam`` without ``rng``.
     """
-    if truth.dtype != bool or mask.dtype != bool or truth.ndim != 2 or truth.shape != mask.shape:
+    kind = torch.bool if isinstance(truth, Tensor) else bool
+    if truth.dtype != kind or mask.dtype != kind or truth.ndim != 2 or truth.shape != mask.shape:
         raise ValueError(
             "truth and mask must be bool arrays (H, W) of one size; "
-            f"got {truth.dtype} {truth.shape} and {mask.dtype} {mask.shape}"
+            f"got {truth.dtype} {tuple(truth.shape)} and {mask.dtype} {tuple(mask.shape)}"
         )
     if rule not in RULES:
         raise ValueError(f"unknown click rule {rule!r}; choose one of {', '.join(RULES)}")
@@ -117,8 +119,10 @@ def next_click(
     check_clicks(clicks, *truth.shape)
     missed, extra = truth & ~mask, mask & ~truth
     if ignore is not None:
-        if ignore.dtype != bool or ignore.shape != truth.shape:
-            raise ValueError(f"ignore must be bool {truth.shape} as truth; got {ignore.dtype} {ignore.shape}")
+        if ignore.dtype != kind or ignore.shape != truth.shape:
+            raise ValueError(
+                f"ignore must be bool {tuple(truth.shape)} as truth; got {ignore.dtype} {tuple(ignore.shape)}"
+            )
         missed, extra = missed & ~ignore, extra & ~ignore
     clicked = [_pixel(click) for click in clicks]
     if rule != "ritm":
@@ -135,10 +139,23 @@ def next_click(
     return Click(int(col), int(row), positive)
 
 
-def _deepest(region: np.ndarray, skip: Sequence[tuple[int, int]]) -> tuple[int, np.ndarray]:
+def _deepest(region: np.ndarray | Tensor, skip: Sequence[tuple[int, int]]) -> tuple[int, np.ndarray | Tensor]:
     """Greatest squared distance to a False pixel or the outside, and all pixels (n, 2) that have it, in scan order.
 
     ``skip``: pixels that are not candidates.  Without candidates 0 and no pixels.
+    """
+    if not isinstance(region, Tensor):
+        return _deepest_on_cpu(region, skip)
+    squared = squared_distance(region)
+    for pixel in skip:
+        squared[pixel] = 0
+    greatest = int(squared.max())
+    pixels = torch.nonzero(squared == greatest) if greatest else squared.new_empty(0, 2)
+    return greatest, pixels
+
+
+def _deepest_on_cpu(region: np.ndarray, skip: Sequence[tuple[int, int]]) -> tuple[int, np.ndarray]:
+    """:func:`_deepest` without a transform of the whole picture.
 
     A chamfer transform, within 2 % of the truth, finds the pixels that could be deepest.  Few and shallow ones are
     settled in integers at once; else an exact transform of what is within their reach narrows the choice first.  OpenCV

@@ -14,6 +14,7 @@ from typing import Any
 from typing import Protocol as Interface
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hrsam import rle
@@ -96,33 +97,43 @@ class Segmenter(Interface):
         """A new picture (H, W, 3) uint8 RGB; everything before is forgotten."""
         ...
 
-    def click(self, clicks: Sequence[Click]) -> np.ndarray:
-        """The mask (H, W) bool after ``clicks``, all of this picture so far, the newest last."""
+    def click(self, clicks: Sequence[Click]) -> Any:
+        """The mask (H, W) bool after ``clicks``, all of this picture so far, the newest last.
+
+        A NumPy array, or a tensor on the device that ``device`` names, where user and metric then work too.
+        """
         ...
 
 
 class ModelSegmenter:
-    """A model at input ``side``; its logits of the round before are fed back."""
+    """A model at input ``side``; its logits of the round before are fed back.
 
-    def __init__(self, model: HRSAM, side: int = 1024, threshold: float = 0.5):
+    ``on_device``: masks are enlarged where the model is and stay there; None: if that is a GPU.
+    """
+
+    def __init__(self, model: HRSAM, side: int = 1024, threshold: float = 0.5, on_device: bool | None = None):
         self.model, self.side, self.above = model, side, math.log(threshold / (1 - threshold))
+        on_device = model.device.type == "cuda" if on_device is None else on_device
+        self.device = model.device if on_device else None
         self._picture: EncodedPicture | None = None
         self._previous: Tensor | None = None
 
     def start(self, pixels: np.ndarray) -> None:
         self._picture, self._previous = encode_picture(self.model, pixels, self.side), None
 
-    def click(self, clicks: Sequence[Click]) -> np.ndarray:
+    def click(self, clicks: Sequence[Click]) -> np.ndarray | Tensor:
         if self._picture is None:
             raise ValueError("no picture is set; call start first")
         found = predict_masks(self.model, self._picture, clicks, previous=self._previous)[0]
         self._previous = found.low_res
-        return found.frame.mask_to_original(found.low_res, self.above)
+        enlarge = found.frame.mask_to_original if self.device is None else found.frame.mask_on_device
+        return enlarge(found.low_res, self.above)
 
 
 def play(segmenter: Segmenter, sample: Sample, protocol: Protocol, given: Trace | None = None) -> Trace:
     """Play one sample; with ``given`` its clicks are made instead of the simulated user's.
 
+    Seconds: ``metric`` is the IoU; boundary IoU, thin recall and hashes are not counted.
     Raises ``ValueError`` for a trace of another picture or with fewer steps than the protocol.
     """
     if given is not None and (given.size != sample.mask.shape or len(given.clicks) < protocol.clicks):
@@ -131,21 +142,33 @@ def play(segmenter: Segmenter, sample: Sample, protocol: Protocol, given: Trace 
             f"and the protocol {protocol.clicks} clicks; give the traces of this data set and protocol"
         )
     rng = random.Random(f"{protocol.seed} {sample.name}") if protocol.ties == "seeded" else None
-    seen = None if sample.ignore is None else ~sample.ignore
-    truth = sample.mask if seen is None else sample.mask & seen
-    thin = thin_part(truth)
+    device = getattr(segmenter, "device", None)
+
+    def placed(mask: np.ndarray) -> Any:
+        return mask if device is None else torch.from_numpy(mask).to(device)
+
+    def fetched(mask: Any) -> np.ndarray:
+        return mask if device is None else mask.cpu().numpy()
+
+    seen_here = np.ones_like(sample.mask) if sample.ignore is None else ~sample.ignore
+    truth_here = sample.mask & seen_here
+    thin = thin_part(truth_here)
+    truth, seen = placed(truth_here), placed(seen_here)
+    ignore = None if sample.ignore is None else ~seen
     spent: dict[str, float] = {"encode": 0.0, "decode": 0.0, "user": 0.0, "metric": 0.0}
     clock = time.perf_counter()
 
     def lap(what: str) -> None:
         nonlocal clock
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
         now = time.perf_counter()
         spent[what] += now - clock
         clock = now
 
     segmenter.start(sample.pixels)
     lap("encode")
-    mask = np.zeros(truth.shape, bool)
+    mask = truth & ~truth
     made: list[Click] = []
     clicks, ious, hashes = [], [], []
     boundary: dict[str, float] = {}
@@ -154,7 +177,7 @@ def play(segmenter: Segmenter, sample: Sample, protocol: Protocol, given: Trace 
         if given is not None:
             click = given.click_at(step)
         else:
-            click = next_click(truth, mask, made, rule=protocol.rule, rng=rng, ignore=sample.ignore)
+            click = next_click(truth, mask, made, rule=protocol.rule, rng=rng, ignore=ignore)
         lap("user")
         if click is not None:
             made.append(click)
@@ -162,25 +185,27 @@ def play(segmenter: Segmenter, sample: Sample, protocol: Protocol, given: Trace 
             mask = segmenter.click(tuple(made))
             lap("decode")
         clicks.append(None if click is None else (click.x, click.y, int(click.positive)))
-        counted = mask if seen is None else mask & seen
+        counted = mask & seen
         ious.append(float(iou(counted, truth)))
-        if step + 1 in (*LOOKED_AT, protocol.clicks):
-            boundary[str(step + 1)] = boundary_iou(counted, truth)
-            recall[str(step + 1)] = float((counted & thin).sum() / thin.sum()) if thin.any() else None
         lap("metric")
-        hashes.append(mask_hash(mask))
+        answer = fetched(mask)
+        hashes.append(mask_hash(answer))
+        if step + 1 in (*LOOKED_AT, protocol.clicks):
+            answer = answer & seen_here
+            boundary[str(step + 1)] = boundary_iou(answer, truth_here)
+            recall[str(step + 1)] = float((answer & thin).sum() / thin.sum()) if thin.any() else None
         clock = time.perf_counter()
     return Trace(
         sample.name,
         sample.dataset,
-        (truth.shape[0], truth.shape[1]),
-        int(truth.sum()),
+        (truth_here.shape[0], truth_here.shape[1]),
+        int(truth_here.sum()),
         tuple(clicks),
         tuple(ious),
         tuple(hashes),
         boundary,
         recall,
-        rle.encode(mask),
+        rle.encode(fetched(mask)),
         spent,
     )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _PATCH = 16  # pixels of a token's side; the padded size is a multiple of it
@@ -129,6 +130,19 @@ class Frame:
         for rows, band in self._enlarged(logits):
             np.greater(band, above, out=out[rows])
         return out
+
+    def mask_on_device(self, logits: Tensor, above: float = 0.0) -> Tensor:
+        """:meth:`mask_to_original` where the logits are: (height, width) bool on their device.
+
+        Takes about ten bytes a pixel of the original.  Single pixels on the outline may differ from the CPU's answer, by
+        rounding.
+        """
+        if tuple(logits.shape) != self.logits_size:
+            raise ValueError(f"got logits of shape {tuple(logits.shape)}; this frame needs {self.logits_size}")
+        height, width = self.resized
+        plane = F.interpolate(logits.detach().float()[None, None], self.padded, mode="bilinear")
+        plane = plane[..., :height, :width]
+        return F.interpolate(plane, (self.height, self.width), mode="bilinear")[0, 0] > above
 
     def _enlarged(self, logits: Tensor) -> Iterator[tuple[slice, np.ndarray]]:
         """Bands of rows of the original-size logits: the rows are mixed here, the columns by OpenCV."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from hrsam.clicks import Click, next_click
 from hrsam.data.sample import Sample
@@ -130,6 +131,43 @@ def test_rules_differ_where_they_should():
     assert again.clicks[1] is None
     assert again.ious[1] == 0
     assert segmenter.asked[0] == segmenter.asked[1]
+
+
+@pytest.mark.parametrize("rule", ["frozen", "hrsam", "ritm"])
+def test_the_user_on_a_device_is_the_same_user(rule):
+    generator = np.random.default_rng(5)
+    truth = rectangle((40, 50), 5, 5, 30, 40)
+    clicks = []
+    for step in range(15):
+        mask = (truth ^ (generator.random(truth.shape) < 0.02)) & (generator.random(truth.shape) < 0.99)
+        ignore = generator.random(truth.shape) < 0.01
+        seed = random.Random(step) if rule == "hrsam" else None
+        expected = next_click(truth, mask, clicks, rule=rule, rng=seed, ignore=ignore)
+        seed = random.Random(step) if rule == "hrsam" else None
+        there = [torch.from_numpy(array) for array in (truth, mask, ignore)]
+        assert next_click(there[0], there[1], clicks, rule=rule, rng=seed, ignore=there[2]) == expected
+        clicks.append(expected)
+    done = torch.from_numpy(truth)
+    nothing = next_click(done, done, [], rule=rule, rng=random.Random(0))
+    assert nothing == (Click(0, 0, False) if rule == "ritm" else None)
+
+
+def test_playing_on_a_device_gives_the_same_clicks(model, sample):
+    """Here the device is the CPU; masks differ by rounding at most, and not at all on this picture."""
+    there, here = (
+        play(ModelSegmenter(model, 64, on_device=on_device), sample, Protocol(clicks=4)) for on_device in (True, False)
+    )
+    assert there.clicks == here.clicks
+    assert there.ious == pytest.approx(here.ious, abs=1e-3)
+    assert there.final["size"] == here.final["size"]
+
+
+@pytest.mark.gpu
+def test_playing_on_a_gpu(sample):
+    there = play(ModelSegmenter(small_model().cuda(), 64), sample, Protocol(clicks=4))
+    here = play(ModelSegmenter(small_model(), 64), sample, Protocol(clicks=4))
+    assert there.clicks[0] == here.clicks[0]
+    assert there.ious == pytest.approx(here.ious, abs=0.02)
 
 
 def test_ignored_pixels_are_neither_clicked_nor_counted():

@@ -57,7 +57,6 @@ def main() -> None:
                         "protocol": protocol,
                         "summary": {"all": short(report["summary"]["all"])}
                         | {group: short(value) for group, value in report["summary"]["groups"].items()},
-                        "seconds": {key: round(value, 4) for key, value in report["seconds"].items()},
                         "data_sha256": report["data"]["sha256"],
                         "trace_sha256": report["trace_sha256"],
                     }

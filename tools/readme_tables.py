@@ -68,7 +68,8 @@ def neighbours() -> str:
         for q in (85, 90):
             row[result["protocol"], q] = result["summary"]["all"][f"noc@{q}"]
     for data, method in sorted(rows, key=lambda key: list(dict.fromkeys(d for d, _ in rows)).index(key[0])):
-        cells = " | ".join(f"{rows[data, method][column]:.2f}" for column in columns)
+        found = [rows[data, method].get(column) for column in columns]
+        cells = " | ".join("not run" if value is None else f"{value:.2f}" for value in found)
         lines.append(f"| {data} | {method} | {cells} |")
     lines += ["", f"20 clicks on every object, never stopped early. {made(report)}"]
     return "\n".join(lines)
