@@ -1,6 +1,8 @@
 """Click segmentation without weights."""
 
 import builtins
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -65,13 +67,19 @@ def test_the_same_clicks_give_the_same_mask_whatever_came_before(name):
     assert np.array_equal(fresh.click(clicks), third[-1])  # asked again, nothing goes on
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 1500), (2, 2)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1500), (3000, 7), (2, 2)])
 def test_odd_pictures(name, shape):
     baseline = build_baseline(name)
     baseline.start(photo(*shape))
     for click in (Click(0, 0), Click(shape[1] - 1, shape[0] - 1, False)):
         assert baseline.click([click]).shape == shape
     assert baseline.click([Click(0, 0), Click(shape[1] - 1, shape[0] - 1)]).shape == shape
+
+
+def test_a_picture_that_is_all_object(name):
+    baseline = build_baseline(name)
+    baseline.start(photo(8, 8))
+    assert baseline.click([Click(x, y) for y in range(8) for x in range(8)]).all()
 
 
 def test_a_negative_first_click_gives_no_object(name):
@@ -95,3 +103,36 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ValueError, match=r"pip install 'hrsam\[baselines\]'"):
         build_baseline("random_walker")
+
+
+def test_clicks_at_once_are_clicks_one_by_one():
+    pixels, _ = disc_on_noise()
+    clicks = [Click(80, 60), Click(90, 40), Click(110, 60, False)]
+    one_by_one, at_once = build_baseline("grabcut"), build_baseline("grabcut")
+    for baseline in (one_by_one, at_once):
+        baseline.start(pixels)
+    masks = [one_by_one.click(clicks[: k + 1]) for k in range(3)]
+    assert np.array_equal(at_once.click(clicks), masks[-1])
+    assert np.array_equal(at_once.click(clicks[:1]), masks[0])  # the others taken back
+    with pytest.raises(ValueError, match="there are no clicks"):
+        at_once.click([])
+
+
+CHILD = """
+import sys, numpy as np
+from hrsam.baselines import build_baseline
+from hrsam.clicks import Click
+x, y, dot = (int(v) for v in sys.argv[1:])
+pixels = np.full((300, 400, 3), 255, np.uint8)
+pixels[100, 100] = 255 - 255 * dot
+baseline = build_baseline("grabcut")
+baseline.start(pixels)
+print(baseline.click([Click(x, y)]).sum())
+"""
+
+
+@pytest.mark.parametrize("case", [(0, 0, 0), (200, 150, 1)])
+def test_areas_of_one_colour_do_not_stall(case):
+    """In a process of its own, since OpenCV cannot be interrupted."""
+    command = [sys.executable, "-c", CHILD, *map(str, case)]
+    assert int(subprocess.run(command, timeout=60, capture_output=True, check=True).stdout) > 0

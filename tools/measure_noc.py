@@ -2,7 +2,8 @@
 
 python tools/measure_noc.py --davis DIR --hqseg44k DIR --coco DIR --lvis DIR --out tools/reports/starter_noc.json
 
-Reports and traces of the single evaluations lie in --work; what was played there already is not played again.
+Reports and traces of the single evaluations lie in --work; what was played there already is not played again, and with
+--only-played what was not is left out.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["model", "grabcut"])
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only-played", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("out/noc"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -40,9 +42,12 @@ def main() -> None:
     machine: dict[str, Any] = {}
     for protocol in args.protocols:
         for method in args.methods:
-            joint = []
+            joint, whole = [], True
             for name, root in sets:
                 folder = args.work / f"{name}-{root.name}-{method}-{protocol}"
+                if args.only_played and not (folder / "report.json").exists():
+                    whole &= name not in JOINT
+                    continue
                 what = Evaluation(
                     name, str(root), str(folder), method=method, model=args.model, device=args.device,
                     protocol=PROTOCOLS[protocol], command=shlex.join(["python", *sys.argv]),
@@ -63,7 +68,7 @@ def main() -> None:
                 )
                 if name in JOINT:
                     joint += read_traces(folder / "traces.jsonl")[1]
-            if joint:
+            if joint and whole:
                 results.append(
                     {
                         "data": " + ".join(JOINT),
