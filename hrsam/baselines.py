@@ -1,31 +1,18 @@
 """Click segmentation that needs no weights, so that a model's number has a neighbour.
 
-Each has ``start(pixels)`` and ``click(clicks)`` like a model in :mod:`hrsam.evaluation`, works on a picture shrunk to
-``side`` and answers at the original size.  The same clicks give the same mask, whatever was played before.
+Each has ``start(pixels)``, (H, W, 3) uint8 RGB, and ``click(clicks)``, all clicks so far in pixels of the picture -> mask
+(H, W) bool, like a model in :mod:`hrsam.evaluation`; it works on a picture shrunk to ``side``.  The same clicks give the
+same mask, whatever was played before.  Clicks before a picture or no clicks are a ``ValueError``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from hrsam.clicks import Click
-
-
-class Baseline(Protocol):
-    """``side``: longest side in pixels that the method works at."""
-
-    side: int
-
-    def start(self, pixels: np.ndarray) -> None:
-        """A new picture (H, W, 3) uint8 RGB; everything before is forgotten."""
-        ...
-
-    def click(self, clicks: Sequence[Click]) -> np.ndarray:
-        """The mask (H, W) bool after ``clicks``, all so far in pixels of the picture, the newest last."""
-        ...
 
 
 class _Shrunk:
@@ -145,6 +132,8 @@ class RandomWalker:
         picture = self._picture
         if picture is None:
             raise ValueError("no picture is set; call start first")
+        if not clicks:
+            raise ValueError("there are no clicks; give at least one")
         seeds = np.zeros(picture.pixels.shape[:2], np.int32)
         if all(click.positive for click in clicks):
             seeds[[0, -1]] = 2
@@ -161,11 +150,11 @@ class RandomWalker:
         return picture.enlarged(labels == 1)
 
 
-BASELINES: dict[str, Callable[..., Baseline]] = {"grabcut": GrabCut, "random_walker": RandomWalker}
+BASELINES: dict[str, type[GrabCut] | type[RandomWalker]] = {"grabcut": GrabCut, "random_walker": RandomWalker}
 """Name on the command line -> class; ``side`` is its only argument."""
 
 
-def build_baseline(name: str, side: int | None = None) -> Baseline:
+def build_baseline(name: str, side: int | None = None) -> GrabCut | RandomWalker:
     """A baseline by name, at its own working size or ``side``; ``ValueError`` that lists the known ones."""
     if name not in BASELINES:
         raise ValueError(f"there is no baseline {name!r}; choose one of {', '.join(BASELINES)}")

@@ -84,10 +84,10 @@ class Evaluation:
     def described(self) -> dict[str, Any]:
         """The method, for the report."""
         if self.method != "model":
-            side = getattr(build_baseline(self.method, self.side), "side", None)
+            side = build_baseline(self.method, self.side).side
             return {"name": self.method, "kind": "baseline", "preset": None, "weights_sha256": None, "side": side}
         path = locate(self.model)
-        preset = load(self.model).config.preset
+        preset = load(path).config.preset  # a bad file is refused here, in one sentence, and not in a worker process
         return {
             "name": self.model if path.name != self.model else path.stem,
             "kind": "model",

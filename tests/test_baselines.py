@@ -82,6 +82,15 @@ def test_a_picture_that_is_all_object(name):
     assert baseline.click([Click(x, y) for y in range(8) for x in range(8)]).all()
 
 
+def test_no_picture_and_no_clicks(name):
+    baseline = build_baseline(name)
+    with pytest.raises(ValueError, match="call start first"):
+        baseline.click([Click(1, 1)])
+    baseline.start(photo(20, 30))
+    with pytest.raises(ValueError, match="there are no clicks"):
+        baseline.click([])
+
+
 def test_a_negative_first_click_gives_no_object(name):
     baseline = build_baseline(name)
     baseline.start(photo(40, 60))
@@ -91,8 +100,6 @@ def test_a_negative_first_click_gives_no_object(name):
 def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(ValueError, match="no baseline 'magic'; choose one of grabcut, random_walker"):
         build_baseline("magic")
-    with pytest.raises(ValueError, match="call start first"):
-        build_baseline("grabcut").click([Click(1, 1)])
     real = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -114,8 +121,6 @@ def test_clicks_at_once_are_clicks_one_by_one():
     masks = [one_by_one.click(clicks[: k + 1]) for k in range(3)]
     assert np.array_equal(at_once.click(clicks), masks[-1])
     assert np.array_equal(at_once.click(clicks[:1]), masks[0])  # the others taken back
-    with pytest.raises(ValueError, match="there are no clicks"):
-        at_once.click([])
 
 
 CHILD = """

@@ -249,7 +249,7 @@ def test_sbd_without_scipy_says_what_to_install(tmp_path, monkeypatch):
     for folder in ("img", "inst"):
         (tmp_path / folder).mkdir()
     (tmp_path / "val.txt").write_text("")
-    with pytest.raises(ValueError, match="pip install scipy"):
+    with pytest.raises(ValueError, match=r"pip install .hrsam\[sbd\]"):
         open_dataset("sbd", tmp_path)
 
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from hrsam import evaluate as run
 from hrsam.data.datasets import open_dataset
@@ -18,7 +20,7 @@ from hrsam.evaluation import Protocol
 from hrsam.playing import play_all
 from hrsam.report import read_report
 from hrsam.traces import read_traces, traces_hash
-from hrsam.weightfile import save
+from hrsam.weightfile import WeightsError, save
 from tests.builders import photo, small_model
 
 CLICKS = 3
@@ -144,6 +146,15 @@ def test_replay_scores_another_model_on_the_same_clicks(what, tmp_path):
     shorter = make_pairs(tmp_path / "more", 6)
     with pytest.raises(ValueError, match="has no trace of"):
         evaluate(replace(what, root=str(shorter), out=str(tmp_path / "x"), replay=traces))
+
+
+def test_a_bad_weight_file_is_refused_before_processes_start(what, weights, tmp_path):
+    with safe_open(weights, "np") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in list(file.keys())[1:]}
+    save_file(tensors, tmp_path / "lacking.safetensors", metadata)
+    with pytest.raises(WeightsError, match=r"lacking\.safetensors"):
+        evaluate(replace(what, model=str(tmp_path / "lacking.safetensors"), processes=2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_tie_spread(what):

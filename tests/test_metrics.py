@@ -101,6 +101,6 @@ def test_thin_part_is_what_an_opening_takes_away():
     assert not thin_part(np.ones((50, 60), bool)).any()
     cut = np.zeros((300, 400), bool)
     cut[:, :3] = True  # its edge lies outside of the picture, it may go on there
-    assert not thin_part(cut).any() or thin_part(cut).all()
+    assert not thin_part(cut).any()
     with pytest.raises(ValueError, match="bool array"):
         thin_part(mask.astype(np.uint8))

@@ -96,7 +96,7 @@ DATASETS: dict[str, Kind] = {
     ),
     "grabcut": Kind(grabcut, 50, "GrabCut: data_GT/, boundary_GT/"),
     "berkeley": Kind(berkeley, 100, "Berkeley: images/ and masks/, or img/ and gt/"),
-    "sbd": Kind(sbd.sbd, 6671, "SBD validation: img/, inst/*.mat, val.txt (needs scipy)"),
+    "sbd": Kind(sbd.sbd, 6671, "SBD validation: img/, inst/*.mat, val.txt (needs 'hrsam[sbd]')"),
     "coco": Kind(coco.coco, None, "COCO instances: annotations/instances_*.json or one JSON file, pictures beside it"),
     "coco_panoptic": Kind(
         coco.coco_panoptic, None, "COCO panoptic: annotations/panoptic_*.json with its PNGs, pictures beside it"

@@ -75,7 +75,7 @@ def _loadmat() -> Callable[..., Any]:
     try:
         return importlib.import_module("scipy.io").loadmat
     except ImportError:
-        raise ValueError("SBD's .mat files need scipy, which is not installed; run: pip install scipy") from None
+        raise ValueError("SBD's .mat files need scipy, which is not installed; run: pip install 'hrsam[sbd]'") from None
 
 
 def read_mat(path: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ ROWS, COLUMNS = 4, 128  # of a tile of the second kernel
 
 
 @triton.jit
-def _later(a, b):
+def _greater(a, b):
     return tl.maximum(a, b)
 
 
@@ -27,8 +27,8 @@ def along_rows(mask, g, width, BLOCK: tl.constexpr):
     x = tl.arange(0, BLOCK)
     inside = x < width
     on = tl.load(mask + row + x, inside, other=0) != 0
-    before = tl.associative_scan(tl.where(on, -1, x), 0, _later)
-    after = -tl.associative_scan(tl.where(on, -width, -x), 0, _later, reverse=True)
+    before = tl.associative_scan(tl.where(on, -1, x), 0, _greater)
+    after = -tl.associative_scan(tl.where(on, -width, -x), 0, _greater, reverse=True)
     tl.store(g + row + x, tl.minimum(x - before, after - x).to(tl.int16), inside)
 
 
