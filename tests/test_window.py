@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hrsam.layout import Layout
-from hrsam.ops.rope import Rope, angles, rotate, window_table
+from hrsam.ops.rope import Rope, angles, position_table, rotate
 from hrsam.ops.window import window_attention, window_padding, window_plan
 from tests.numerics import assert_within_budget
 
@@ -145,7 +145,7 @@ def test_products_depend_on_position_differences():
         return rotate(q, a.cos(), a.sin()) @ rotate(k, b.cos(), b.sin())
 
     assert product([3, 7], [5, 1]) == pytest.approx(float(product([103, 57], [105, 51])), rel=1e-12)
-    cos, _ = window_table(ROPE, 16, 64, torch.device("cpu"), torch.float64)
+    cos, _ = position_table(ROPE, 16, 16, 64, torch.device("cpu"), torch.float64)
     torch.testing.assert_close(cos[17], angles(ROPE, torch.tensor([1, 1]), 64).cos())
 
 

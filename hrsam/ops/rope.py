@@ -44,9 +44,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def window_table(rope: Rope, window: int, head_dim: int, device: torch.device, dtype: torch.dtype):
-    """``cos`` and ``sin`` (window², head_dim / 2) for the window-local positions 0 … window−1 in row-major order."""
-    axis = torch.arange(window, device=device)
-    positions = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).reshape(-1, 2)
+def position_table(rope: Rope, rows: int, cols: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+    """``cos`` and ``sin`` (rows · cols, head_dim / 2) for all positions of a grid in row-major order."""
+    axes = torch.arange(rows, device=device), torch.arange(cols, device=device)
+    positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 2)
     phi = angles(rope, positions, head_dim)
     return phi.cos().to(dtype), phi.sin().to(dtype)

@@ -23,6 +23,7 @@ true neighbours and padding.  With window 4, shift 2 on a 4×4 grid (``p`` paddi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,8 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrsam.kernels import resolve_impl
 from hrsam.layout import Layout
-from hrsam.ops.rope import Rope, angles, rotate, window_table
+from hrsam.ops.attend import NOBODY, PADDING, Plan, check_heads, make_plan, operator
+from hrsam.ops.rope import Rope, angles, position_table, rotate
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,89 @@ def window_padding(rows: int, cols: int, window: int, shift: int) -> tuple[int, 
     return before, before, bottom, right
 
 
-@lru_cache(maxsize=256)
-def window_plan(layout: Layout, window: int, shift: int, device: torch.device) -> WindowPlan:
-    """Index tables for :func:`window_attention`; cached by value."""
-    parts = []
-    for (rows, cols), start in zip(layout.grids, layout.starts):
+def window_tokens(grids: Sequence[tuple[int, int]], window: int, shift: int) -> list[Tensor]:
+    """For each grid the packed token of every slot, int64 (windows, window, window), −1 for padding."""
+    found, start = [], 0
+    for rows, cols in grids:
         top, left, bottom, right = window_padding(rows, cols, window, shift)
         grid = torch.arange(start, start + rows * cols).view(rows, cols)
-        grid = F.pad(grid, (left, right, top, bottom), value=-1)
+        grid = F.pad(grid, (left, right, top, bottom), value=PADDING)
         tiles = grid.view(grid.shape[0] // window, window, grid.shape[1] // window, window)
-        parts.append(tiles.transpose(1, 2).reshape(-1))
-    slots = torch.cat(parts)
+        found.append(tiles.transpose(1, 2).flatten(0, 1))
+        start += rows * cols
+    return found
+
+
+@lru_cache(maxsize=256)
+def window_plan(layout: Layout, window: int, shift: int, device: torch.device) -> WindowPlan:
+    """Index tables of the plain PyTorch path; cached by value."""
+    slots = torch.cat([tokens.flatten() for tokens in window_tokens(layout.grids, window, shift)])
     is_token = slots >= 0
     slot_of_token = torch.empty(layout.tokens, dtype=torch.int64)
     slot_of_token[slots[is_token]] = torch.nonzero(is_token).squeeze(1)
     return WindowPlan(slots.clamp(min=0).to(device), is_token.to(device), slot_of_token.to(device))
+
+
+@lru_cache(maxsize=256)
+def tile_plan(numbers: tuple[int, ...], tiles: tuple[int, int], padded: bool, device: torch.device) -> Plan:
+    """The kernel's plan; ``numbers``: window, shift, then rows and columns of each grid.
+
+    Inside a window slots go by 8×8 sub-tiles where the window is made of whole ones, so that tiles of 64 slots are either
+    tokens or padding; padding stands last.  Windows smaller than a tile share it, told apart by labels, but never with
+    another grid's.
+    """
+    window, shift, *sides = numbers
+    size = window * window
+    sub = 8 if window % 8 == 0 else window
+    order = torch.arange(size).view(window // sub, sub, window // sub, sub).transpose(1, 2).flatten()
+    bundle = max(1, min(tiles) // size)
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("q_tokens", "q_places", "q_labels", "k_tokens", "k_places", "k_labels")}
+    full: list[list[int]] = []
+    partial: list[list[int]] = []
+    key_tiles = 0
+    for tokens in window_tokens(list(zip(sides[::2], sides[1::2])), window, shift):
+        tokens = tokens.flatten(1)[:, order]
+        for first in range(0, len(tokens), bundle):
+            slots = tokens[first : first + bundle]
+            real = slots >= 0
+            labels = torch.arange(len(slots)).unsqueeze(1).expand_as(slots)
+            places = order.expand_as(slots)
+            if bundle == 1:  # tokens first, padding last
+                last = torch.argsort(real.int(), dim=1, descending=True, stable=True)
+                slots, real, places = (t.gather(1, last) for t in (slots, real, places))
+            keys = torch.ones_like(real) if padded else real
+            for name, kept, tile in (("q", real, tiles[0]), ("k", keys, tiles[1])):
+                for what, values, fill in (("tokens", slots, NOBODY), ("places", places, 0), ("labels", labels, 0)):
+                    rows[f"{name}_{what}"].append(_in_tiles(values[kept], tile, fill))
+            new = rows["k_tokens"][-1]
+            whole = ((new >= 0).all(1) & (bundle == 1)).tolist()
+            full += [[key_tiles + i for i, w in enumerate(whole) if w]] * len(rows["q_tokens"][-1])
+            partial += [[key_tiles + i for i, w in enumerate(whole) if not w]] * len(rows["q_tokens"][-1])
+            key_tiles += len(new)
+    table = {name: torch.cat(parts) for name, parts in rows.items()}
+    return make_plan(
+        table["q_tokens"], table["k_tokens"], full, partial, tiles=tiles, device=device,
+        tokens=sum(r * c for r, c in zip(sides[::2], sides[1::2])), places=(table["q_places"], table["k_places"]),
+        labels=(table["q_labels"], table["k_labels"]) if bundle > 1 else None,
+    )  # fmt: skip
+
+
+def _in_tiles(values: Tensor, tile: int, fill: int) -> Tensor:
+    return F.pad(values, (0, -len(values) % tile), value=fill).view(-1, tile)
+
+
+def _table(numbers, rope, head_dim, device):
+    return position_table(Rope(*rope), numbers[0], numbers[0], head_dim, device, torch.float32)
+
+
+window_operator = operator("window_attention", tile_plan, _table)
+
+
+def triton_window_attention(q, k, v, layout, *, rope, window, shift, pad_kv):
+    pad_k, pad_v = pad_kv if pad_kv is not None else (None, None)
+    numbers = [window, shift, *(side for grid in layout.grids for side in grid)]
+    angles = [] if rope is None else [rope.base, rope.scale]
+    return window_operator(q, k, v, pad_k, pad_v, numbers, angles, q.shape[2] ** -0.5)[0]
 
 
 class _ToSlots(torch.autograd.Function):
@@ -138,7 +209,7 @@ def torch_window_attention(q, k, v, layout, *, rope, window, shift, pad_kv):
         cos = torch.ones(window * window, q.shape[2] // 2, dtype=work, device=q.device)
         sin = torch.zeros_like(cos)
     else:
-        cos, sin = window_table(rope, window, q.shape[2], q.device, work)
+        cos, sin = position_table(rope, window, window, q.shape[2], q.device, work)
     if pad_kv is None:
         pad_kv = k.new_zeros(k.shape[1:]), v.new_zeros(v.shape[1:])
         mask = plan.is_token.view(-1, 1, 1, window * window)
@@ -185,6 +256,9 @@ def naive_window_attention(q, k, v, layout, *, rope, window, shift, pad_kv):
     return out
 
 
+FUNCTIONS = {"naive": naive_window_attention, "torch": torch_window_attention, "triton": triton_window_attention}
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
@@ -201,20 +275,11 @@ def window_attention(
 
     ``q`` (T, N, D), ``k`` (T, Nk, D), ``v`` (T, Nk, Dv), unrotated, ``Nk`` divides ``N`` -> (T, N, Dv) in q's dtype.
     ``pad_kv``: key (Nk, D), unrotated, and value (Nk, Dv) of every padding slot.  Softmax scale is D^-½.
-    ``impl``: ``"naive"`` (definition), ``"torch"``, or ``"auto"``.
-    Raises ``ValueError`` for shapes that do not fit, or an implementation that does not exist.
+    ``impl``: ``"naive"`` (definition), ``"torch"``, ``"triton"`` (kernel) or ``"auto"``.
+    Raises ``ValueError`` for shapes that do not fit, or an implementation that does not exist or cannot run here.
     """
-    if q.shape[0] != layout.tokens or k.shape[0] != layout.tokens or v.shape[:2] != k.shape[:2]:
-        raise ValueError(
-            f"the layout has {layout.tokens} tokens; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        )
-    if q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"key heads must divide query heads and share their size; got q {tuple(q.shape)}, k {tuple(k.shape)}"
-        )
+    check_heads(q, k, v, layout.tokens)
     if not 0 <= shift < window:
         raise ValueError(f"the shift must be in [0, {window}); got {shift}")
-    functions = {"naive": naive_window_attention, "torch": torch_window_attention, "auto": torch_window_attention}
-    if impl not in functions:
-        raise ValueError(f"window attention has no implementation {impl!r}; choose one of {', '.join(functions)}")
-    return functions[impl](q, k, v, layout, rope=rope, window=window, shift=shift, pad_kv=pad_kv).to(q.dtype)
+    choice = FUNCTIONS[resolve_impl(impl, q)]
+    return choice(q, k, v, layout, rope=rope, window=window, shift=shift, pad_kv=pad_kv).to(q.dtype)

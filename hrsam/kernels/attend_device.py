@@ -1,0 +1,365 @@
+"""Device code of attention over a plan: ``hrsam.ops.attend`` has the definition, ``kernels/attend.py`` launches it.
+
+Forward: a program owns one tile of queries of one head and walks over the tiles of keys in the plan's lists, FULL tiles in
+one loop without any mask, then PARTIAL tiles in a second one, with an online softmax in powers of two.  Backward: one
+program a tile of keys walks over the transposed lists (gradients of keys, values and bias), one a tile of queries over
+the lists again (gradient of queries); both compute the weights anew from the log-sum-exp.
+
+Rows are fetched by token number, so no order of tokens needs a copy.  With rotary positions a tile is held as its even
+and its odd channels: both are rotated where they lie, and a product of rotated rows is the sum of two products of half
+the size.  Token numbers below zero: −1 the padding key, −2 nobody.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tokens(table, tile, SIZE: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.constexpr):
+    """Token numbers of a tile's slots.  ``RUNS``: the table has (first token, count) a tile."""
+    i = tl.arange(0, SIZE)
+    if RUNS:
+        tokens = tl.load(table + 2 * tile) + i
+        if MASKED:
+            tokens = tl.where(i < tl.load(table + 2 * tile + 1), tokens, -2)
+        return tokens
+    return tl.load(table + tile * SIZE + i)
+
+
+@triton.jit
+def _rows(x, tokens, row, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr):
+    """(slots, DP) rows of ``x``, 0 for slots without a token and for channels from D on."""
+    d = tl.arange(0, DP)
+    at = tokens.to(tl.int64)[:, None] * row + d[None, :]
+    if MASKED:
+        return tl.load(x + at, (tokens >= 0)[:, None] & (d < D)[None, :], other=0.0)
+    if D != DP:
+        return tl.load(x + at, (d < D)[None, :], other=0.0)
+    return tl.load(x + at)
+
+
+@triton.jit
+def _with_padding(rows, tokens, pad, D: tl.constexpr, DP: tl.constexpr):
+    """The padding row in slots of the padding key."""
+    d = tl.arange(0, DP)
+    row = tl.load(pad + d, d < D, other=0.0).to(rows.dtype)
+    return tl.where((tokens == -1)[:, None], row[None, :], rows)
+
+
+@triton.jit
+def _angles(cos, sin, places, tile, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """cos and sin (slots, DP / 2) of a tile's places."""
+    i = tl.arange(0, SIZE)
+    d = tl.arange(0, DP // 2)
+    at = tl.load(places + tile * SIZE + i)[:, None] * (D // 2) + d[None, :]
+    if D != DP:
+        live = (d < D // 2)[None, :]
+        return tl.load(cos + at, live, other=0.0), tl.load(sin + at, live, other=0.0)
+    return tl.load(cos + at), tl.load(sin + at)
+
+
+@triton.jit
+def _turned(x, c, s, SIZE: tl.constexpr, DP: tl.constexpr):
+    """Even and odd channels after the rotation by minus the angle."""
+    even, odd = tl.split(tl.reshape(x, (SIZE, DP // 2, 2)))
+    even, odd = even.to(tl.float32), odd.to(tl.float32)
+    return (even * c + odd * s).to(x.dtype), (odd * c - even * s).to(x.dtype)
+
+
+@triton.jit
+def _turned_back(even, odd, c, s, SIZE: tl.constexpr, DP: tl.constexpr):
+    """The transpose of :func:`_turned`, for gradients: (slots, DP)."""
+    return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (SIZE, DP))
+
+
+@triton.jit
+def _halves(
+    x, tokens, row, pad, cos, sin, places, tile,
+    SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """Rows of a tile, rotated: even and odd channels, or without ``ROPE`` the same rows twice."""
+    rows = _rows(x, tokens, row, D, DP, MASKED)
+    if PAD:
+        rows = _with_padding(rows, tokens, pad, D, DP)
+    if ROPE:
+        c, s = _angles(cos, sin, places, tile, SIZE, D, DP)
+        return _turned(rows, c, s, SIZE, DP)
+    return rows, rows
+
+
+@triton.jit
+def _product(a, b, c, d, ROPE: tl.constexpr, PRECISION: tl.constexpr):
+    """``[a b] [c d]ᵀ``; only ``a cᵀ`` without ``ROPE``."""
+    scores = tl.dot(a, tl.trans(c), input_precision=PRECISION)
+    if ROPE:
+        scores = tl.dot(b, tl.trans(d), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _labels(table, tile, SIZE: tl.constexpr):
+    return tl.load(table + tile * SIZE + tl.arange(0, SIZE))
+
+
+@triton.jit
+def _visit(
+    tile, qa, qb, q_label, m, total, acc,
+    k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, bias_row, scale,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, ROPE: tl.constexpr,
+    PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys joins the running maximum, sum and output."""
+    tokens = _tokens(k_tokens, tile, BN, RUNS, MASKED)
+    ka, kb = _halves(k, tokens, k_row, pad_k, cos, sin, k_places, tile, BN, D, DP, ROPE, MASKED, PAD and MASKED)
+    scores = _product(qa, qb, ka, kb, ROPE, PRECISION) * scale
+    if BIAS:
+        live = tokens >= 0
+        scores += (tl.load(bias + tokens.to(tl.int64) * bias_row, live, other=0.0) * LOG2E)[None, :]
+    if MASKED:
+        allowed = (tokens > -2)[None, :]
+        if LABELS:
+            allowed = allowed & (q_label[:, None] == _labels(k_labels, tile, BN)[None, :])
+        scores = tl.where(allowed, scores, -float("inf"))
+    higher = tl.maximum(m, tl.max(scores, 1))
+    safe = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
+    weights = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(m - safe)
+    total = total * shrink + tl.sum(weights, 1)
+    values = _rows(v, tokens, v_row, DV, DVP, MASKED)
+    if PAD and MASKED:
+        values = _with_padding(values, tokens, pad_v, DV, DVP)
+    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+    return higher, total, acc
+
+
+@triton.jit
+def attend(
+    q, k, v, bias, cos, sin, pad_k, pad_v, out, lse,
+    q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, full_ptr, full_idx, part_ptr, part_idx, scale,
+    q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
+    v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ROPE: tl.constexpr, PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out`` (T, heads, DV), ``lse`` (T, heads): natural logarithm, −inf for a query without keys.  ``scale`` · log2 e."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    q += head * q_head
+    k += head // GROUP * k_head
+    v += head // GROUP * v_head
+    pad_k += head // GROUP * D
+    pad_v += head // GROUP * DV
+    bias += head
+    tokens = _tokens(q_tokens, tile, BM, RUNS, True)
+    qa, qb = _halves(q, tokens, q_row, pad_k, cos, sin, q_places, tile, BM, D, DP, ROPE, True, False)
+    q_label = _labels(q_labels, tile, BM) if LABELS else tokens
+    m = tl.full((BM,), -float("inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, DVP), tl.float32)
+    for at in range(tl.load(full_ptr + tile), tl.load(full_ptr + tile + 1)):
+        m, total, acc = _visit(
+            tl.load(full_idx + at), qa, qb, q_label, m, total, acc,
+            k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
+            D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, False, PRECISION,
+        )  # fmt: skip
+    for at in range(tl.load(part_ptr + tile), tl.load(part_ptr + tile + 1)):
+        m, total, acc = _visit(
+            tl.load(part_idx + at), qa, qb, q_label, m, total, acc,
+            k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
+            D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, True, PRECISION,
+        )  # fmt: skip
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    real = tokens >= 0
+    row = tokens.to(tl.int64) * heads + head
+    d = tl.arange(0, DVP)
+    tl.store(out + row[:, None] * DV + d[None, :], acc.to(out.dtype.element_ty), real[:, None] & (d < DV)[None, :])
+    tl.store(lse + row, tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * LN2), real)
+
+
+@triton.jit
+def _query_statistics(lse, delta, tokens, heads: tl.constexpr, head):
+    """Log-sum-exp in powers of two, +inf where a slot holds no query or a query has no keys, and Δ."""
+    real = tokens >= 0
+    at = tokens.to(tl.int64) * heads + head
+    found = tl.load(lse + at, real, other=-float("inf"))
+    return tl.where(found == -float("inf"), float("inf"), found * LOG2E), tl.load(delta + at, real, other=0.0)
+
+
+@triton.jit
+def _visit_query(
+    tile, ka, kb, values, k_tokens, k_label, k_bias, dka, dkb, dv, d_bias,
+    q, d_out, lse, delta, cos, sin, q_tokens, q_places, q_labels, q_row, heads: tl.constexpr, head, scale,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, ROPE: tl.constexpr,
+    LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tokens = _tokens(q_tokens, tile, BM, RUNS, True)
+    qa, qb = _halves(q, tokens, q_row, q, cos, sin, q_places, tile, BM, D, DP, ROPE, True, False)
+    level, shift = _query_statistics(lse, delta, tokens, heads, head)
+    scores = _product(ka, kb, qa, qb, ROPE, PRECISION) * scale
+    if BIAS:
+        scores += k_bias[:, None]
+    weights = tl.exp2(scores - level[None, :])
+    if MASKED:
+        allowed = (k_tokens > -2)[:, None]
+        if LABELS:
+            allowed = allowed & (k_label[:, None] == _labels(q_labels, tile, BM)[None, :])
+        weights = tl.where(allowed, weights, 0.0)
+    grad = _rows(d_out, tokens, heads * DV, DV, DVP, True)
+    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
+    ds = weights * (tl.dot(values, tl.trans(grad), input_precision=PRECISION) - shift[None, :])
+    if BIAS:
+        d_bias += tl.sum(ds, 1)
+    ds = ds.to(qa.dtype)
+    dka = tl.dot(ds, qa, dka, input_precision=PRECISION)
+    if ROPE:
+        dkb = tl.dot(ds, qb, dkb, input_precision=PRECISION)
+    return dka, dkb, dv, d_bias
+
+
+@triton.jit
+def key_gradients(
+    q, k, v, bias, cos, sin, pad_k, pad_v, d_out, lse, delta, d_k, d_v, d_bias, d_pad_k, d_pad_v,
+    q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, full_ptr, full_idx, part_ptr, part_idx, scale,
+    softmax_scale,
+    q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
+    v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ROPE: tl.constexpr, PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``d_k`` (T, key heads, D), ``d_v``, ``d_bias`` (T, heads) and, a tile and key head, sums over padding slots
+    ``d_pad_k``, ``d_pad_v``.  The lists are the transposed ones."""
+    tile, key_head = tl.program_id(0), tl.program_id(1)
+    key_heads: tl.constexpr = heads // GROUP
+    tokens = _tokens(k_tokens, tile, BN, RUNS, True)
+    real = tokens >= 0
+    d = tl.arange(0, DP)
+    e = tl.arange(0, DVP)
+    ka, kb = _halves(
+        k + key_head * k_head, tokens, k_row, pad_k + key_head * D, cos, sin, k_places, tile,
+        BN, D, DP, ROPE, True, PAD,
+    )  # fmt: skip
+    values = _rows(v + key_head * v_head, tokens, v_row, DV, DVP, True)
+    if PAD:
+        values = _with_padding(values, tokens, pad_v + key_head * DV, DV, DVP)
+    k_label = _labels(k_labels, tile, BN) if LABELS else tokens
+    HALF: tl.constexpr = DP // 2 if ROPE else DP
+    dka = tl.zeros((BN, HALF), tl.float32)
+    dkb = tl.zeros((BN, HALF), tl.float32)
+    dv = tl.zeros((BN, DVP), tl.float32)
+    for member in range(GROUP):
+        head = key_head * GROUP + member
+        at_bias = tokens.to(tl.int64) * heads + head
+        k_bias = tl.load(bias + at_bias, real, other=0.0) * LOG2E if BIAS else tokens
+        d_bias_row = tl.zeros((BN,), tl.float32)
+        for at in range(tl.load(full_ptr + tile), tl.load(full_ptr + tile + 1)):
+            dka, dkb, dv, d_bias_row = _visit_query(
+                tl.load(full_idx + at), ka, kb, values, tokens, k_label, k_bias, dka, dkb, dv, d_bias_row,
+                q + head * q_head, d_out + head * DV, lse, delta, cos, sin, q_tokens, q_places, q_labels, q_row,
+                heads, head, scale, D, DP, DV, DVP, BM, ROPE, LABELS, BIAS, RUNS, False, PRECISION,
+            )  # fmt: skip
+        for at in range(tl.load(part_ptr + tile), tl.load(part_ptr + tile + 1)):
+            dka, dkb, dv, d_bias_row = _visit_query(
+                tl.load(part_idx + at), ka, kb, values, tokens, k_label, k_bias, dka, dkb, dv, d_bias_row,
+                q + head * q_head, d_out + head * DV, lse, delta, cos, sin, q_tokens, q_places, q_labels, q_row,
+                heads, head, scale, D, DP, DV, DVP, BM, ROPE, LABELS, BIAS, RUNS, True, PRECISION,
+            )  # fmt: skip
+        if BIAS:
+            tl.store(d_bias + at_bias, d_bias_row, real)
+    if ROPE:
+        c, s = _angles(cos, sin, k_places, tile, BN, D, DP)
+        dk = _turned_back(dka, dkb, c, s, BN, DP) * softmax_scale
+    else:
+        dk = dka * softmax_scale
+    row = tokens.to(tl.int64) * key_heads + key_head
+    tl.store(d_k + row[:, None] * D + d[None, :], dk.to(d_k.dtype.element_ty), real[:, None] & (d < D)[None, :])
+    tl.store(d_v + row[:, None] * DV + e[None, :], dv.to(d_v.dtype.element_ty), real[:, None] & (e < DV)[None, :])
+    if PAD:
+        on_pad = (tokens == -1)[:, None]
+        slot = tile.to(tl.int64) * key_heads + key_head
+        tl.store(d_pad_k + slot * D + d, tl.sum(tl.where(on_pad, dk, 0.0), 0), d < D)
+        tl.store(d_pad_v + slot * DV + e, tl.sum(tl.where(on_pad, dv, 0.0), 0), e < DV)
+
+
+@triton.jit
+def _visit_key(
+    tile, qa, qb, q_label, grad, level, shift, dqa, dqb,
+    k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, bias_row, scale,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, ROPE: tl.constexpr,
+    PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    tokens = _tokens(k_tokens, tile, BN, RUNS, MASKED)
+    ka, kb = _halves(k, tokens, k_row, pad_k, cos, sin, k_places, tile, BN, D, DP, ROPE, MASKED, PAD and MASKED)
+    values = _rows(v, tokens, v_row, DV, DVP, MASKED)
+    if PAD and MASKED:
+        values = _with_padding(values, tokens, pad_v, DV, DVP)
+    scores = _product(qa, qb, ka, kb, ROPE, PRECISION) * scale
+    if BIAS:
+        live = tokens >= 0
+        scores += (tl.load(bias + tokens.to(tl.int64) * bias_row, live, other=0.0) * LOG2E)[None, :]
+    weights = tl.exp2(scores - level[:, None])
+    if MASKED:
+        allowed = (tokens > -2)[None, :]
+        if LABELS:
+            allowed = allowed & (q_label[:, None] == _labels(k_labels, tile, BN)[None, :])
+        weights = tl.where(allowed, weights, 0.0)
+    ds = weights * (tl.dot(grad, tl.trans(values), input_precision=PRECISION) - shift[:, None])
+    ds = ds.to(ka.dtype)
+    dqa = tl.dot(ds, ka, dqa, input_precision=PRECISION)
+    if ROPE:
+        dqb = tl.dot(ds, kb, dqb, input_precision=PRECISION)
+    return dqa, dqb
+
+
+@triton.jit
+def query_gradients(
+    q, k, v, bias, cos, sin, pad_k, pad_v, d_out, lse, delta, d_q,
+    q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, full_ptr, full_idx, part_ptr, part_idx, scale,
+    softmax_scale,
+    q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
+    v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ROPE: tl.constexpr, PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``d_q`` (T, heads, D)."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    k += head // GROUP * k_head
+    v += head // GROUP * v_head
+    pad_k += head // GROUP * D
+    pad_v += head // GROUP * DV
+    bias += head
+    tokens = _tokens(q_tokens, tile, BM, RUNS, True)
+    qa, qb = _halves(q + head * q_head, tokens, q_row, pad_k, cos, sin, q_places, tile, BM, D, DP, ROPE, True, False)
+    q_label = _labels(q_labels, tile, BM) if LABELS else tokens
+    grad = _rows(d_out + head * DV, tokens, heads * DV, DV, DVP, True)
+    level, shift = _query_statistics(lse, delta, tokens, heads, head)
+    HALF: tl.constexpr = DP // 2 if ROPE else DP
+    dqa = tl.zeros((BM, HALF), tl.float32)
+    dqb = tl.zeros((BM, HALF), tl.float32)
+    for at in range(tl.load(full_ptr + tile), tl.load(full_ptr + tile + 1)):
+        dqa, dqb = _visit_key(
+            tl.load(full_idx + at), qa, qb, q_label, grad, level, shift, dqa, dqb,
+            k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
+            D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, False, PRECISION,
+        )  # fmt: skip
+    for at in range(tl.load(part_ptr + tile), tl.load(part_ptr + tile + 1)):
+        dqa, dqb = _visit_key(
+            tl.load(part_idx + at), qa, qb, q_label, grad, level, shift, dqa, dqb,
+            k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
+            D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, True, PRECISION,
+        )  # fmt: skip
+    if ROPE:
+        c, s = _angles(cos, sin, q_places, tile, BM, D, DP)
+        dq = _turned_back(dqa, dqb, c, s, BM, DP) * softmax_scale
+    else:
+        dq = dqa * softmax_scale
+    d = tl.arange(0, DP)
+    at = (tokens.to(tl.int64) * heads + head)[:, None] * D + d[None, :]
+    tl.store(d_q + at, dq.to(d_q.dtype.element_ty), (tokens >= 0)[:, None] & (d < D)[None, :])

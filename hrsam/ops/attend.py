@@ -1,0 +1,290 @@
+"""Exact softmax attention over a plan: which keys each block of queries reads.
+
+A :class:`Plan` cuts queries and keys into tiles of slots and lists, for each tile of queries, the tiles of keys it reads.
+FULL tiles hold keys that every query of the tile reads; PARTIAL ones are masked slot by slot: a query reads a slot that
+holds a key and, where the plan has labels, the same label.  Tiles in neither list are never touched::
+
+    tiles   k0 k1 k2 k3      q0 reads all of k0 and k1;
+    q0      F  F  .  .       q1 a part of k2 (ragged end, other labels …);
+    q1      .  .  P  .       q2 nothing: its output is 0 and its log-sum-exp −inf
+    q2      .  .  .  .
+
+Slots hold token numbers, so that the order in which tokens are read needs no copy of them: −1 is the padding key, one
+learned row of key and value that many slots can share, −2 nobody.  A token has at most one slot among the queries and
+one among the keys.  ``places`` are rows of a rotary table: a slot is rotated by its own place, the padding key by the
+place of each slot it stands in.
+
+* Exact.  The order of tiles and slots changes rounding only.
+* Gradients for q, k, v, the padding key and value, the bias, and through the log-sum-exp.
+* Sources: FlashAttention (arXiv 2205.14135), Binary Block Masking (arXiv 2409.15097): lists instead of its flags, and labels
+  instead of stored masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hrsam.kernels import resolve_impl
+
+PADDING, NOBODY = -1, -2
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Tiles and lists, int32 tensors on one device.
+
+    ``q_tokens`` (query tiles, tile_q), ``k_tokens`` (key tiles, tile_k): token numbers; or, with ``runs``, (tiles, 2): first
+    token and count of neighbours.  ``q_places``, ``k_places``: rows of the rotary table, as large as the slots; ``q_labels``,
+    ``k_labels`` likewise; one element where they are not used.  ``lists``: pointer and index arrays of FULL and PARTIAL key
+    tiles of each query tile; ``transposed``: of query tiles of each key tile.  ``tokens``: length T of the sequence;
+    ``covers``: every token is a query and a key.
+    """
+
+    tile_q: int
+    tile_k: int
+    tokens: int
+    covers: bool
+    runs: bool
+    q_tokens: Tensor
+    k_tokens: Tensor
+    q_places: Tensor
+    k_places: Tensor
+    q_labels: Tensor
+    k_labels: Tensor
+    lists: tuple[Tensor, Tensor, Tensor, Tensor]
+    transposed: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    @property
+    def labelled(self) -> bool:
+        return self.q_labels.ndim == 2
+
+    @cached_property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Token numbers of all slots, (query tiles, tile_q) and (key tiles, tile_k), whether or not stored as runs."""
+        if not self.runs:
+            return self.q_tokens, self.k_tokens
+        both = []
+        for table, size in ((self.q_tokens, self.tile_q), (self.k_tokens, self.tile_k)):
+            steps = torch.arange(size, dtype=torch.int32, device=table.device)
+            both.append(torch.where(steps < table[:, 1:], table[:, :1] + steps, NOBODY))
+        return both[0], both[1]
+
+    def stats(self) -> dict[str, float]:
+        """Shares of tile pairs that are visited, and visited without a mask."""
+        pairs = len(self.q_tokens) * len(self.k_tokens)
+        full, partial = len(self.lists[1]), len(self.lists[3])
+        return {"pairs": pairs, "visited": (full + partial) / pairs, "full": full / pairs}
+
+    def keys_of(self, tile: int) -> tuple[list[int], list[int]]:
+        """FULL and PARTIAL key tiles of a query tile."""
+        full_ptr, full_idx, part_ptr, part_idx = self.lists
+        full = full_idx[full_ptr[tile] : full_ptr[tile + 1]].tolist()
+        return full, part_idx[part_ptr[tile] : part_ptr[tile + 1]].tolist()
+
+
+def make_plan(
+    q_tokens: Tensor,
+    k_tokens: Tensor,
+    full: Sequence[Sequence[int]],
+    partial: Sequence[Sequence[int]],
+    *,
+    tiles: tuple[int, int],
+    tokens: int,
+    device: torch.device,
+    places: tuple[Tensor, Tensor] | None = None,
+    labels: tuple[Tensor, Tensor] | None = None,
+    runs: bool = False,
+) -> Plan:
+    """A plan from its tables on the CPU and, for each query tile, its FULL and PARTIAL key tiles.
+
+    Query tiles with long lists are put first, so that no multiprocessor starts one last.
+    Raises ``ValueError`` for tables that do not fit, or a token in two slots of one side.
+    """
+    if len(full) != len(q_tokens) or len(partial) != len(q_tokens):
+        raise ValueError(f"{len(q_tokens)} query tiles need as many lists; got {len(full)} and {len(partial)}")
+    work = torch.tensor([len(a) + len(b) for a, b in zip(full, partial)])
+    order = torch.argsort(work, descending=True, stable=True)
+    q_tokens = q_tokens[order]
+    full, partial = ([part[i] for i in order.tolist()] for part in (full, partial))
+    lists = (*_csr(full), *_csr(partial))
+    transposed = (*_csr(_transpose(full, len(k_tokens))), *_csr(_transpose(partial, len(k_tokens))))
+    nothing = torch.zeros(1)
+    q_places, k_places = (places[0][order], places[1]) if places is not None else (nothing, nothing)
+    q_labels, k_labels = (labels[0][order], labels[1]) if labels is not None else (nothing, nothing)
+
+    def ready(table: Tensor) -> Tensor:
+        return table.to(device, torch.int32).contiguous()
+
+    plan = Plan(
+        *tiles, tokens, False, runs, *map(ready, (q_tokens, k_tokens, q_places, k_places, q_labels, k_labels)),
+        tuple(map(ready, lists)), tuple(map(ready, transposed)),
+    )  # fmt: skip
+    covers = True
+    for side, slots in zip(("query", "key"), plan.slots):
+        real = slots[slots >= 0]
+        if real.unique().numel() != real.numel():
+            raise ValueError(f"a token stands in two {side} slots of the plan; give each token one slot")
+        covers &= real.numel() == tokens
+    object.__setattr__(plan, "covers", covers)
+    return plan
+
+
+def _csr(lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    counts = torch.tensor([0] + [len(part) for part in lists])
+    return counts.cumsum(0), torch.tensor([i for part in lists for i in part], dtype=torch.int64)
+
+
+def _transpose(lists: Sequence[Sequence[int]], columns: int) -> list[list[int]]:
+    turned: list[list[int]] = [[] for _ in range(columns)]
+    for row, part in enumerate(lists):
+        for column in part:
+            turned[column].append(row)
+    return turned
+
+
+def naive_attend(q, k, v, plan, *, table=None, pad_kv=None, bias=None, scale=None):
+    """The definition, one query at a time; shapes as in :func:`attend`.  ``table``: cos and sin (places, D / 2)."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    repeats = q.shape[1] // k.shape[1]
+    q, k, v = q.to(work), k.to(work), v.to(work)
+    out = torch.zeros(len(q), q.shape[1], v.shape[2], dtype=work, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=work, device=q.device)
+    q_slots, k_slots = (t.tolist() for t in plan.slots)
+
+    def turned(x, place):
+        if table is None:
+            return x
+        cos, sin = (t[place].to(work) for t in table)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * cos + odd * sin, odd * cos - even * sin), -1).flatten(-2)
+
+    for tile, row in enumerate(q_slots):
+        full, partial = plan.keys_of(tile)
+        for slot, token in enumerate(row):
+            keys, values, extra = [], [], []
+            for other in (full + partial) if token >= 0 else ():
+                for at, key in enumerate(k_slots[other]):
+                    if key == NOBODY:
+                        continue
+                    if plan.labelled and plan.q_labels[tile, slot] != plan.k_labels[other, at] and other in partial:
+                        continue
+                    row_k, row_v = (k[key], v[key]) if key >= 0 else (t.to(work) for t in pad_kv)
+                    keys.append(turned(row_k, plan.k_places[other, at]) if table is not None else row_k)
+                    values.append(row_v)
+                    extra.append(bias[key].to(work) if bias is not None and key >= 0 else q.new_zeros(q.shape[1]))
+            if keys:
+                query = turned(q[token], plan.q_places[tile, slot]) if table is not None else q[token]
+                key, value = (torch.stack(t).repeat_interleave(repeats, dim=1) for t in (keys, values))
+                logits = torch.einsum("nd,knd->kn", query, key) * scale + torch.stack(extra)
+                out[token] = torch.einsum("kn,kne->ne", logits.softmax(0), value)
+                lse[token] = logits.logsumexp(0)
+    return out, lse
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    table: tuple[Tensor, Tensor] | None = None,
+    pad_kv: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query to the keys its plan gives it.
+
+    ``q`` (T, N, D), ``k`` (T, Nk, D), ``v`` (T, Nk, Dv), unrotated, ``Nk`` divides ``N`` -> output (T, N, Dv) in q's dtype and
+    log-sum-exp (T, N), natural logarithm, float32 (float64 for float64 inputs).  ``table``: cos and sin (places, D / 2) of
+    :mod:`hrsam.ops.rope`; ``pad_kv``: key (Nk, D), unrotated, and value (Nk, Dv) of slots that hold −1; ``bias`` (T, N) is
+    added to the logits of each key; ``scale`` of the products, D^-½ unless given.
+    ``impl``: ``"naive"`` (definition), ``"triton"``, or ``"auto"``: the kernel for CUDA tensors, the definition otherwise.
+    Raises ``ValueError`` for shapes that do not fit, or an implementation that does not exist or cannot run here.
+    """
+    check_heads(q, k, v, plan.tokens)
+    if bias is not None and bias.shape != q.shape[:2]:
+        raise ValueError(f"the bias is (tokens, heads), here {tuple(q.shape[:2])}; got {tuple(bias.shape)}")
+    choice = resolve_impl(impl, q)
+    if choice != "triton":
+        out, lse = naive_attend(q, k, v, plan, table=table, pad_kv=pad_kv, bias=bias, scale=scale)
+        return out.to(q.dtype), lse
+    from hrsam.kernels import attend as kernel  # late: needs Triton
+
+    return kernel.attend(q, k, v, plan, table, pad_kv, bias, scale)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> None:
+    """Shapes of q, k and v against each other and the number of tokens; ``ValueError`` when they do not fit."""
+    if q.ndim != 3 or q.shape[0] != tokens or k.shape[0] != tokens or v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"the layout has {tokens} tokens; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"key heads must divide query heads and share their size; got q {tuple(q.shape)}, k {tuple(k.shape)}"
+        )
+
+
+def operator(name: str, plan_of: Callable[..., Plan], table_of: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function ``(q, k, v, pad_k, pad_v, numbers, rope, scale) -> (output, log-sum-exp)`` the compiler knows as
+    ``hrsam::name`` and does not look into.
+
+    ``numbers`` describe the plan, ``rope`` is (base, scale) or empty.  ``plan_of(numbers, tiles, padded, device)`` and
+    ``table_of(numbers, rope, head_dim, device)`` are called at run time and cache what they return, so that no index is
+    built twice.  ``tiles`` is what :func:`hrsam.kernels.attend.tiles` says for the forward or the backward pass.
+    """
+
+    def prepare(q, v, pad_k, numbers, rope, backward):
+        from hrsam.kernels import attend as kernel  # late: needs Triton
+
+        size = kernel.tiles(max(q.shape[2], v.shape[2]), q.dtype, backward, name == "window_attention")
+        plan = plan_of(tuple(numbers), (size.queries, size.keys), pad_k is not None, q.device)
+        table = table_of(tuple(numbers), tuple(rope), q.shape[2], q.device) if rope else (None, None)
+        return kernel, plan, table, (size.warps, size.stages)
+
+    @torch.library.custom_op(f"hrsam::{name}", mutates_args=())
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None,
+        numbers: Sequence[int], rope: Sequence[float], scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        kernel, plan, table, options = prepare(q, v, pad_k, numbers, rope, False)
+        return kernel.forward(kernel.Inputs(q, k, v, *table, pad_k, pad_v, None), plan, scale, *options)
+
+    @forward.register_fake
+    def _(q, k, v, pad_k, pad_v, numbers, rope, scale):
+        return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+    @torch.library.custom_op(f"hrsam::{name}_backward", mutates_args=())
+    def backward(
+        q: Tensor, k: Tensor, v: Tensor, pad_k: Tensor | None, pad_v: Tensor | None, out: Tensor, lse: Tensor,
+        d_out: Tensor, numbers: Sequence[int], rope: Sequence[float], scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        kernel, plan, table, options = prepare(q, v, pad_k, numbers, rope, True)
+        inputs = kernel.Inputs(q, k, v, *table, pad_k, pad_v, None)
+        d_q, d_k, d_v, d_pad_k, d_pad_v, _ = kernel.backward(inputs, plan, scale, *options, out, lse, d_out, None)
+        return d_q, d_k, d_v, *(q.new_zeros(0) if t is None else t for t in (d_pad_k, d_pad_v))
+
+    @backward.register_fake
+    def _(q, k, v, pad_k, pad_v, out, lse, d_out, numbers, rope, scale):
+        pads = (q.new_empty(0 if t is None else t.shape, dtype=q.dtype if t is None else t.dtype) for t in (pad_k, pad_v))
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *pads
+
+    def save(ctx, inputs, output):
+        *tensors, ctx.numbers, ctx.rope, ctx.scale = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    def differentiate(ctx, d_out, d_lse):  # the log-sum-exp of these operators is not for use
+        *tensors, out, lse = ctx.saved_tensors
+        grads = backward(*tensors, out, lse, d_out, ctx.numbers, ctx.rope, ctx.scale)
+        return (*(None if t is None else g for g, t in zip(grads, tensors)), None, None, None)
+
+    forward.register_autograd(differentiate, setup_context=save)
+    return forward
