@@ -223,16 +223,17 @@ def test_kernel_is_an_operator_the_compiler_knows():
 
 @needs_triton
 def test_chunks_begin_at_their_own_sequence():
-    from hrsam.kernels.cycle_scan import CHUNK, scan_tables
+    from hrsam.kernels.cycle_scan import CHUNK, chunk_length, scan_tables
 
     for across in (False, True):
         bounds = RAGGED.boundaries(across)
-        chunks, first_chunk = scan_tables(bounds, torch.device("cpu"))
+        chunks, first_chunk = scan_tables(bounds, CHUNK, torch.device("cpu"))
         assert chunks.dtype == first_chunk.dtype == torch.int32
         for sequence, (start, end) in enumerate(pairwise(bounds)):
             rows = chunks[first_chunk[sequence] : first_chunk[sequence + 1]].tolist()
-            assert rows == [[token, end, sequence] for token in range(start, end, CHUNK)]
+            assert rows == [[token, min(token + CHUNK, end), sequence] for token in range(start, end, CHUNK)]
         assert first_chunk[-1] == len(chunks)
+    assert [chunk_length(tokens) for tokens in (1, 2047, 4096, 16384, 1 << 20)] == [16, 16, 32, 128, 256]
 
 
 def test_kernel_refuses_float64_and_tensors_it_cannot_read(monkeypatch):

@@ -15,26 +15,35 @@ from torch import Tensor
 
 from hrsam.kernels import cycle_scan_device as programs
 
-CHUNK = 16  # tokens; a lane of B3 keeps 5 values a token in registers
+CHUNK = 16  # tokens of a chunk of the backward pass; a lane of B3 keeps 5 values a token in registers
 LANES = 32  # channels of a program, one warp
-CHAIN_LANES, CHAIN_WARPS = 16, 4  # the same for F2 and B2, whose programs hold all states
+STEPS = 2  # tokens that F1 and F3 load before they use them
+CHAIN_LANES, CHAIN_WARPS = 16, 4  # channels and warps of F2 and B2, whose programs hold all states
 CHAIN_AHEAD = 8  # chunks that F2 and B2 load before they use them
 
 
+def chunk_length(tokens: int) -> int:
+    """Tokens of a chunk of the forward pass of a sequence of ``tokens``: many chunks keep a GPU busy, few keep F2 short.
+
+    It depends on nothing else, so that a result does not depend on what else is packed.
+    """
+    return min(256, max(CHUNK, triton.next_power_of_2(tokens // 128)))
+
+
 @lru_cache(maxsize=256)
-def scan_tables(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def scan_tables(bounds: tuple[int, ...], chunk: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tables for sequences that begin at ``bounds[:-1]``; ``bounds[-1]`` is the number of tokens.
 
-    ``chunks`` int32 (chunks, 3): first token, end of the sequence, sequence; ``first_chunk`` int32 (sequences + 1,):
-    the first chunk of each sequence, with the number of chunks at the end.
+    ``chunks`` int32 (chunks, 3): first token, end, sequence; ``first_chunk`` int32 (sequences + 1,): the first chunk of
+    each sequence, with the number of chunks at the end.  ``chunk``: tokens of a chunk, or ``None`` for
+    :func:`chunk_length`.
     """
-    starts = torch.tensor(bounds)
-    counts = (starts.diff() + CHUNK - 1) // CHUNK
-    first_chunk = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    sequence = torch.repeat_interleave(counts)
-    place = torch.arange(len(sequence)) - first_chunk[sequence]
-    chunks = torch.stack([starts[sequence] + CHUNK * place, starts[sequence + 1], sequence], dim=1)
-    return chunks.to(device, torch.int32), first_chunk.to(device, torch.int32)
+    chunks, first_chunk = [], [0]
+    for sequence, (start, end) in enumerate(pairwise(bounds)):
+        length = chunk or chunk_length(end - start)
+        chunks += [(first, min(first + length, end), sequence) for first in range(start, end, length)]
+        first_chunk.append(len(chunks))
+    return tuple(torch.tensor(t, dtype=torch.int32, device=device) for t in (chunks, first_chunk))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -46,80 +55,92 @@ def _parameters(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float().contiguous() for t in tensors)
 
 
-def _state_shapes(A_log, bounds):
-    """Shapes of ``entry``, ``prefix``, ``elapsed`` and ``closing``."""
-    (channels, states), sequences = A_log.shape, len(bounds) - 1
-    chunks = sum(-(-(end - start) // CHUNK) for start, end in pairwise(bounds))
-    slots = chunks + sequences
-    return (slots, states, channels), (slots, channels), (chunks, channels), (sequences, states, channels)
+def _sizes(channels: int, states: int, cycles: int) -> dict[str, int]:
+    return {"channels": channels, "N": states, "R": cycles}
+
+
+def _states(u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, first_chunk, sizes):
+    """F1 and F2: ``entry``, ``prefix``, ``elapsed`` and ``closing`` for the chunks of a table."""
+    channels, states, sequences = sizes["channels"], sizes["N"], len(first_chunk) - 1
+    slots = len(chunks) + sequences
+    shapes = (len(chunks), states, channels), (slots, states, channels), (slots, channels), (len(chunks), channels)
+    local, entry, prefix, elapsed, closing = (
+        torch.empty(s, dtype=torch.float32, device=u.device) for s in (*shapes, (sequences, states, channels))
+    )
+    _scan_chunks(u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, local, elapsed, entry, prefix, closing, u, sizes, False)
+    programs.chain_states[sequences, triton.cdiv(channels, CHAIN_LANES)](
+        local, elapsed, A_log_t, gamma, first_chunk, entry, prefix, closing, **sizes, **_chain(states)
+    )
+    return entry, prefix, elapsed, closing
+
+
+def _scan_chunks(u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, local, elapsed, entry, prefix, closing, y, sizes, outputs):
+    programs.scan_chunks[triton.cdiv(sizes["channels"], LANES), len(chunks)](
+        u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
+        u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes,
+        NP=triton.next_power_of_2(sizes["N"]), STEPS=STEPS, BC=LANES, OUTPUTS=outputs, num_warps=1,
+    )  # fmt: skip
+
+
+def _chain(states: int) -> dict[str, int]:
+    padded = triton.next_power_of_2(states)
+    return {"NP": padded, "AHEAD": CHAIN_AHEAD, "BC": CHAIN_LANES, "num_warps": CHAIN_WARPS}
 
 
 @torch.library.custom_op("hrsam::cycle_scan", mutates_args=())
 def _forward(
     u: Tensor, r: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, gamma: Tensor,
     bounds: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    chunks, first_chunk = scan_tables(tuple(bounds), u.device)
-    (channels, states), cycles, sequences = A_log.shape, gamma.shape[1], len(bounds) - 1
+) -> Tensor:  # fmt: skip
+    chunks, first_chunk = scan_tables(tuple(bounds), None, u.device)
     u, r, B, C = (_rows(t) for t in (u, r, B, C))
     dt_bias, A_log_t, D, gamma = _parameters(dt_bias, A_log.t(), D, gamma)
+    sizes = _sizes(*A_log.shape, gamma.shape[1])
+    inputs = u, r, B, C, dt_bias, A_log_t, D, gamma, chunks
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    shapes = ((len(chunks), states, channels), *_state_shapes(A_log, bounds))
-    local, entry, prefix, elapsed, closing = (torch.empty(s, dtype=torch.float32, device=u.device) for s in shapes)
-    rows = {"u_row": u.stride(0), "r_row": r.stride(0), "B_row": B.stride(0)}
-    sizes = {"channels": channels, "N": states, "CHUNK": CHUNK, "BC": LANES, "num_warps": 1}
-    chain = {"NP": triton.next_power_of_2(states), "AHEAD": CHAIN_AHEAD, "BC": CHAIN_LANES, "num_warps": CHAIN_WARPS}
-    grid, chain_grid = (len(chunks), triton.cdiv(channels, LANES)), (sequences, triton.cdiv(channels, CHAIN_LANES))
     with torch.cuda.device_of(u):
-        programs.local_states[grid](u, r, B, dt_bias, A_log_t, chunks, local, elapsed, **rows, **sizes)
-        programs.chain_states[chain_grid](
-            local, elapsed, A_log_t, gamma, first_chunk, entry, prefix, closing,
-            channels=channels, N=states, R=cycles, **chain,
-        )  # fmt: skip
-        programs.outputs[grid](
-            u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, entry, prefix, closing, y,
-            **rows, C_row=C.stride(0), R=cycles, **sizes,
-        )  # fmt: skip
-    return y, entry, prefix, elapsed, closing
+        entry, prefix, elapsed, closing = _states(*inputs, first_chunk, sizes)
+        _scan_chunks(*inputs, entry, elapsed, entry, prefix, closing, y, sizes, True)
+    return y
 
 
 @_forward.register_fake
 def _(u, r, dt_bias, A_log, B, C, D, gamma, bounds):
-    states = (u.new_empty(shape, dtype=torch.float32) for shape in _state_shapes(A_log, bounds))
-    return (u.new_empty(u.shape), *states)
+    return u.new_empty(u.shape)
 
 
 @torch.library.custom_op("hrsam::cycle_scan_backward", mutates_args=())
 def _backward(
     w: Tensor, u: Tensor, r: Tensor, dt_bias: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, gamma: Tensor,
-    entry: Tensor, prefix: Tensor, elapsed: Tensor, closing: Tensor, bounds: Sequence[int],
+    bounds: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     types = [t.dtype for t in (u, r, dt_bias, A_log, B, C, D, gamma)]
-    chunks, first_chunk = scan_tables(tuple(bounds), u.device)
+    chunks, first_chunk = scan_tables(tuple(bounds), CHUNK, u.device)
     (channels, states), cycles, sequences = A_log.shape, gamma.shape[1], len(bounds) - 1
-    blocks = triton.cdiv(channels, LANES)
+    blocks, shared = triton.cdiv(channels, LANES), _sizes(channels, states, cycles)
     w, u, r, B, C = (_rows(t) for t in (w, u, r, B, C))
     dt_bias, A_log_t, D, gamma = _parameters(dt_bias, A_log.t(), D, gamma)
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=u.device)
 
-    local, leave = empty(len(chunks), states, channels), empty(len(chunks), states, channels)
-    suffix, d_last = torch.empty_like(elapsed), torch.empty_like(closing)
-    d_delta, d_gamma = empty(sequences, channels), empty(sequences, cycles, channels)
-    d_u, d_r = empty(*u.shape, dtype=u.dtype), empty(*r.shape, dtype=r.dtype)
-    d_B, d_C, d_A_log = empty(blocks, *B.shape), empty(blocks, *C.shape), torch.empty_like(entry)
-    d_dt_bias, d_D, d_total = (torch.empty_like(elapsed) for _ in range(3))
     rows = {"w_row": w.stride(0), "r_row": r.stride(0), "C_row": C.stride(0)}
     sizes = {"channels": channels, "N": states, "CHUNK": CHUNK, "BC": LANES, "num_warps": 1}
-    chain = {"NP": triton.next_power_of_2(states), "AHEAD": CHAIN_AHEAD, "BC": CHAIN_LANES, "num_warps": CHAIN_WARPS}
     grid, chain_grid = (len(chunks), blocks), (sequences, triton.cdiv(channels, CHAIN_LANES))
     with torch.cuda.device_of(u):
+        entry, prefix, elapsed, closing = _states(
+            u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, first_chunk, shared
+        )  # fmt: skip
+        local, leave = empty(len(chunks), states, channels), empty(len(chunks), states, channels)
+        suffix, d_last = torch.empty_like(elapsed), torch.empty_like(closing)
+        d_delta, d_gamma = empty(sequences, channels), empty(sequences, cycles, channels)
+        d_u, d_r = empty(*u.shape, dtype=u.dtype), empty(*r.shape, dtype=r.dtype)
+        d_B, d_C, d_A_log = empty(blocks, *B.shape), empty(blocks, *C.shape), torch.empty_like(entry)
+        d_dt_bias, d_D, d_total = (torch.empty_like(elapsed) for _ in range(3))
         programs.local_adjoints[grid](w, r, C, dt_bias, A_log_t, chunks, local, **rows, **sizes)
         programs.chain_adjoints[chain_grid](
             local, elapsed, A_log_t, gamma, first_chunk, entry, prefix,
-            leave, suffix, d_last, d_A_log, d_gamma, d_delta,
-            channels=channels, N=states, R=cycles, **chain,
+            leave, suffix, d_last, d_A_log, d_gamma, d_delta, **shared, **_chain(states),
         )  # fmt: skip
         programs.gradients[grid](
             w, u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, entry, prefix, closing, leave, suffix, d_last, d_delta,
@@ -132,17 +153,16 @@ def _backward(
 
 
 @_backward.register_fake
-def _(w, u, r, dt_bias, A_log, B, C, D, gamma, *saved):
+def _(w, u, r, dt_bias, A_log, B, C, D, gamma, bounds):
     return tuple(t.new_empty(t.shape) for t in (u, r, dt_bias, A_log, B, C, D, gamma))
 
 
 def _save(ctx, inputs, output):
     *tensors, ctx.bounds = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, w, *states):
+def _differentiate(ctx, w):
     return (*_backward(w, *ctx.saved_tensors, ctx.bounds), None)
 
 
@@ -154,4 +174,4 @@ def cycle_scan(u, r, dt_bias, A_log, B, C, D, gamma, layout, across):
     Raises ``ValueError`` for float64."""
     if any(t.dtype == torch.float64 for t in (u, r, dt_bias, A_log, B, C, D, gamma)):
         raise ValueError("the kernel computes in float32 and got float64 tensors; use impl='torch' or 'naive' for them")
-    return _forward(u, r, dt_bias, A_log, B, C, D, gamma, layout.boundaries(across))[0]
+    return _forward(u, r, dt_bias, A_log, B, C, D, gamma, layout.boundaries(across))

@@ -1,18 +1,18 @@
 # ruff: noqa: RUF005 (Triton's compiler has no unpacking in tuples)
 """Device code of the cycle scan: ``hrsam.ops.cycle_scan`` has the definition, ``kernels/cycle_scan.py`` launches it.
 
-Every sequence is cut into chunks of ``CHUNK`` tokens.  Forward: (F1) each chunk's end state from zero, (F2) a
-recurrence over the chunks of a sequence: the state each chunk is entered with, and the closing state ``S``; (F3)
-outputs.  Backward, from right to left with ``w = ∂ℓ/∂y``: (B1) each chunk's adjoint from zero, (B2) the recurrence over
-chunks, (B3) gradients.
+Every sequence is cut into chunks.  Forward: (F1) each chunk's end state from zero, (F2) a recurrence over the chunks of a
+sequence: the state each chunk is entered with, and the closing state ``S``; (F3) outputs.  Backward, from right to left
+with ``w = ∂ℓ/∂y``: F1 and F2 again with chunks of ``CHUNK`` tokens, then (B1) each chunk's adjoint from zero, (B2) the
+recurrence over chunks, (B3) gradients.
 
 Adjoints.  The closed form's state is ``H = Γ g + z`` with ``z_t = a_t z_{t−1}``, ``z_0 = S``, ``a_t = exp(Δ_t A)``.
 Its adjoint is ``λ_t = C_t w_t + a_{t+1} λ_{t+1}``, and ``dS = a_1 λ_1``.  ``S = Q(P) g_L`` sends ``μ_L = Q dS`` back
 into ``g_L`` and ``Q' g_L dS`` into ``P = exp(A Σ Δ)``.  With ``μ_t = a_{t+1} μ_{t+1}`` and ``ν = Γ λ + μ`` the adjoint
 of ``Δ B u`` is ``ν`` and that of ``log a_t`` is ``a_t (ν_t g_{t−1} + λ_t z_{t−1})``.
 
-A lane is a channel.  What a token needs is loaded once and kept in registers, as tuples of (BC,) vectors, and the loop
-over states is outside the loop over tokens.  Tokens past a sequence's end have Δ = 0, u = 0 and w = 0, which leaves
+In B1 and B3 a lane is a channel: what a token needs is loaded once and kept in registers, as tuples of (BC,) vectors, and
+the loop over states is outside the loop over tokens.  Tokens past a sequence's end have Δ = 0, u = 0 and w = 0, which leaves
 states and adjoints as they are.  Sums over tokens and over blocks of channels are written as partial sums: no atomics.
 Strides are compile-time constants: addresses then are immediate offsets, where they would fill the registers otherwise.
 """
@@ -76,7 +76,7 @@ def _total(gamma, c, live, R: tl.constexpr):
 
 @triton.jit
 def _place(chunks, channels: tl.constexpr, BC: tl.constexpr):
-    """The program's chunk, its first token, the sequence's end, the sequence; channels and which of them exist."""
+    """The program's chunk, its first token, its end, its sequence; channels and which of them exist."""
     chunk = tl.program_id(0).to(tl.int64)
     first = tl.load(chunks + 3 * chunk).to(tl.int64)
     end = tl.load(chunks + 3 * chunk + 1).to(tl.int64)
@@ -86,27 +86,70 @@ def _place(chunks, channels: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def local_states(
-    u, r, B, dt_bias, A_log_t, chunks, local, elapsed,
-    u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, channels: tl.constexpr,
-    N: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr,
+def scan_chunks(
+    u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
+    u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, channels: tl.constexpr,
+    N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, BC: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """F1.  ``local`` (chunks, N, Ch), ``elapsed`` (chunks, Ch): sum of Δ."""
-    chunk, first, end, _, c, live = _place(chunks, channels, BC)
-    deltas = _steps(r, dt_bias, first, end, r_row, c, live, CHUNK)
-    us = _vectors(u, first, end, u_row, c, live, CHUNK)
+    """F1, chunks of any length: ``local`` (chunks, N, Ch), the end state from zero, and ``elapsed`` (chunks, Ch), the sum
+    of Δ.  With ``OUTPUTS`` F3: ``y`` (T, Ch).
+
+    A lane holds a few states of a few channels, and tokens follow one another: one power a state and token is what takes
+    time here, so everything a token needs once is loaded for ``STEPS`` tokens before it is used.
+    """
+    chunk = tl.program_id(1).to(tl.int64)
+    first = tl.load(chunks + 3 * chunk)
+    count = tl.load(chunks + 3 * chunk + 1) - first
+    sequence = tl.load(chunks + 3 * chunk + 2).to(tl.int64)
+    slot = chunk + sequence
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    n = tl.arange(0, NP)
+    live, states = c < channels, n < N
+    tile = states[:, None] & live[None, :]
+    at = n[:, None] * channels + c[None, :]
+    row = first.to(tl.int64)
+    u += row * u_row
+    r += row * r_row
+    B += row * B_row
+    C += row * C_row
+    y += row * channels
+    A2 = _decay(A_log_t, at, tile)
+    bias = tl.load(dt_bias + c, live, other=0.0)
     total = tl.zeros((BC,), tl.float32)
-    xs = ()
-    for j in tl.static_range(CHUNK):
-        total += deltas[j]
-        xs = xs + (deltas[j] * us[j],)
-    tl.store(elapsed + chunk * channels + c, total, live)
-    for n in range(N):
-        A2 = _decay(A_log_t, n * channels + c, live)
-        h = tl.zeros((BC,), tl.float32)
-        for j in tl.static_range(CHUNK):
-            h = tl.exp2(deltas[j] * A2) * h + xs[j] * _scalar(B, first + j, end, B_row, n)
-        tl.store(local + (chunk * N + n) * channels + c, h, live)
+    if OUTPUTS:
+        gain = _total(gamma, c, live, R)
+        skip = tl.load(D + c, live, other=0.0)
+        before = tl.load(prefix + slot * channels + c, live, other=0.0)
+        S = tl.load(closing + sequence * N * channels + at, tile, other=0.0)
+        h = gain[None, :] * tl.load(entry + slot * N * channels + at, tile, other=0.0) + tl.exp2(before[None, :] * A2) * S
+    else:
+        h = tl.zeros((NP, BC), tl.float32)
+    for step in range(0, count, STEPS):
+        deltas = ()
+        us = ()
+        Bs = ()
+        Cs = ()
+        for j in tl.static_range(STEPS):
+            t = step + j
+            on = live & (t < count)
+            value = tl.load(u + t * u_row + c, on, other=0.0).to(tl.float32)
+            us = us + (value * gain if OUTPUTS else value,)
+            delta = _softplus(tl.load(r + t * r_row + c, on, other=0.0).to(tl.float32) + bias)
+            deltas = deltas + (tl.where(on, delta, 0.0),)
+            Bs = Bs + (tl.load(B + t * B_row + n, states & (t < count), other=0.0).to(tl.float32),)
+            if OUTPUTS:
+                Cs = Cs + (tl.load(C + t * C_row + n, states & (t < count), other=0.0).to(tl.float32),)
+        for j in tl.static_range(STEPS):
+            t = step + j
+            h = tl.exp2(deltas[j][None, :] * A2) * h + (deltas[j] * us[j])[None, :] * Bs[j][:, None]
+            if OUTPUTS:
+                out = tl.sum(h * Cs[j][:, None], 0) + skip * us[j]
+                tl.store(y + t * channels + c, out.to(y.dtype.element_ty), live & (t < count))
+            else:
+                total += deltas[j]
+    if not OUTPUTS:
+        tl.store(local + chunk * N * channels + at, h, tile)
+        tl.store(elapsed + chunk * channels + c, total, live)
 
 
 @triton.jit
@@ -151,40 +194,6 @@ def chain_states(
         kappa += tl.load(gamma + c * R + (R - 1 - i), live, other=0.0)
         Q = Q * P + kappa[None, :]
     tl.store(closing + sequence * N * channels + at, Q * g, tile)
-
-
-@triton.jit
-def outputs(
-    u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, entry, prefix, closing, y,
-    u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, channels: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """F3.  ``y`` (T, Ch)."""
-    chunk, first, end, sequence, c, live = _place(chunks, channels, BC)
-    slot = chunk + sequence
-    before = tl.load(prefix + slot * channels + c, live, other=0.0)
-    skip = tl.load(D + c, live, other=0.0)
-    total = _total(gamma, c, live, R)
-    deltas = _steps(r, dt_bias, first, end, r_row, c, live, CHUNK)
-    us = _vectors(u, first, end, u_row, c, live, CHUNK)
-    xs = ()
-    ys = ()
-    for j in tl.static_range(CHUNK):
-        xs = xs + (deltas[j] * (total * us[j]),)
-        ys = ys + (skip * (total * us[j]),)
-    for n in range(N):
-        A2 = _decay(A_log_t, n * channels + c, live)
-        g = tl.load(entry + (slot * N + n) * channels + c, live, other=0.0)
-        S = tl.load(closing + (sequence * N + n) * channels + c, live, other=0.0)
-        h = total * g + tl.exp2(before * A2) * S
-        sums = ()
-        for j in tl.static_range(CHUNK):
-            h = tl.exp2(deltas[j] * A2) * h + xs[j] * _scalar(B, first + j, end, B_row, n)
-            sums = sums + (ys[j] + _scalar(C, first + j, end, C_row, n) * h,)
-        ys = sums
-    for j in tl.static_range(CHUNK):
-        t = first + j
-        tl.store(y + t * channels + c, ys[j].to(y.dtype.element_ty), live & (t < end))
 
 
 @triton.jit
