@@ -7,7 +7,7 @@ only, so it is hashable and index tables can be cached by its value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import torch
 
@@ -35,12 +35,12 @@ class Layout:
         if self.images[0] != 0 or any(b - a not in (0, 1) for a, b in zip(self.images, self.images[1:])):
             raise ValueError(f"image indices must be 0, 0, …, 1, 1, … without gaps; got {self.images}")
 
-    @cached_property
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Number of tokens of each grid."""
         return tuple(rows * cols for rows, cols in self.grids)
 
-    @cached_property
+    @property
     def starts(self) -> tuple[int, ...]:
         """Packed index of each grid's first token, and ``tokens`` at the end."""
         starts = [0]
@@ -57,22 +57,24 @@ class Layout:
     def num_images(self) -> int:
         return self.images[-1] + 1
 
-    @cached_property
+    @property
     def image_starts(self) -> tuple[int, ...]:
         """Packed index of each image's first token, and ``tokens`` at the end."""
-        first = [self.starts[g] for g, image in enumerate(self.images) if g == 0 or self.images[g - 1] != image]
-        return (*first, self.tokens)
+        starts = self.starts
+        first = [starts[g] for g, image in enumerate(self.images) if g == 0 or self.images[g - 1] != image]
+        return (*first, starts[-1])
 
     def runs(self, merge: bool) -> tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]:
         """Each image, or with ``merge`` neighbouring images of equal grids together, as (first token, number of images,
         grids of one image)."""
         runs: list[tuple[int, int, tuple[tuple[int, int], ...]]] = []
+        image_starts = self.image_starts
         for image in range(self.num_images):
             grids = tuple(g for g, owner in zip(self.grids, self.images) if owner == image)
             if merge and runs and runs[-1][2] == grids:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1, grids)
             else:
-                runs.append((self.image_starts[image], 1, grids))
+                runs.append((image_starts[image], 1, grids))
         return tuple(runs)
 
     def boundaries(self, across: bool) -> tuple[int, ...]:

@@ -58,7 +58,9 @@ def random_plan(seed, tokens=50, device=CPU):
     q_tokens = tiled(order[:44], NOBODY)
     order = torch.randperm(tokens, generator=g)
     pad = torch.tensor([PADDING])
-    k_tokens = tiled(torch.cat([order[:16], order[16:20], pad, order[20:30], pad, order[30:46], order[46:48], pad]), NOBODY)
+    k_tokens = tiled(
+        torch.cat([order[:16], order[16:20], pad, order[20:30], pad, order[30:46], order[46:48], pad]), NOBODY
+    )
     assert k_tokens.shape == (4, 16)
     assert (k_tokens[0] >= 0).all()
     assert (k_tokens[2] >= 0).all()
@@ -82,7 +84,8 @@ def run(x, plan, impl, table, cotangents):
 def check_plan(plan, dtype, rope, heads=4, key_heads=2, dim=8, value_dim=12, device=DEVICE):
     x = draw(plan.tokens, heads, key_heads, dim, value_dim, dtype, device)
     g = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(shape, generator=g).to(device) for shape in ((plan.tokens, heads, value_dim), (plan.tokens, heads))]
+    shapes = (plan.tokens, heads, value_dim), (plan.tokens, heads)
+    cotangents = [torch.randn(shape, generator=g).to(device) for shape in shapes]
     phi = 6 * torch.rand(9, dim // 2, generator=g, dtype=torch.float64).to(device)
     table = (phi.cos().float(), phi.sin().float()) if rope else None
     high, high_lse, high_grads = run(double(x), plan, "naive", table, cotangents)
@@ -111,7 +114,9 @@ def test_kernel_on_a_random_plan(dtype, rope, nan_in_new_memory):
 
 @needs_triton
 def test_kernel_with_odd_head_sizes(nan_in_new_memory):
-    check_plan(random_plan(1, device=torch.device(DEVICE)), torch.float32, True, heads=1, key_heads=1, dim=20, value_dim=33)
+    check_plan(
+        random_plan(1, device=torch.device(DEVICE)), torch.float32, True, heads=1, key_heads=1, dim=20, value_dim=33
+    )
 
 
 @pytest.mark.gpu
@@ -173,7 +178,9 @@ def test_kernel_equals_definition_on_gpu(name, options, dtype, nan_in_new_memory
     for layout in LAYOUTS.values():
         for padded in (True, False):
             check_mixer(name, options, layout, dtype, padded, heads=4, key_heads=2, dim=64, value_dim=64)
-    check_mixer(name, options, Layout(((37, 21), (16, 24)), (0, 0)), dtype, True, heads=2, key_heads=2, dim=64, value_dim=64)
+    check_mixer(
+        name, options, Layout(((37, 21), (16, 24)), (0, 0)), dtype, True, heads=2, key_heads=2, dim=64, value_dim=64
+    )
 
 
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])

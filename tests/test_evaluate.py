@@ -14,11 +14,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hrsam import evaluate as run
+from hrsam.cli import main
 from hrsam.data.datasets import open_dataset
 from hrsam.evaluate import Evaluation, choices, choose_protocol, compare_files, evaluate
 from hrsam.evaluation import Protocol
 from hrsam.playing import play_all
 from hrsam.report import read_report
+from hrsam.segmenters import ModelSegmenter
 from hrsam.traces import read_traces, traces_hash
 from hrsam.weightfile import WeightsError, save
 from tests.builders import photo, small_model
@@ -117,6 +119,81 @@ def test_a_stopped_run_goes_on_without_playing_again(what, tmp_path, monkeypatch
     assert again["trace_sha256"] == whole["trace_sha256"]
     with pytest.raises(ValueError, match="is of another evaluation"):
         evaluate(replace(what, protocol=Protocol(clicks=CLICKS + 1)))
+
+
+def alike(report, other):
+    for sample, expected in zip(report["samples"], other["samples"], strict=True):
+        assert sample["name"] == expected["name"]
+        assert sample["clicks"] == expected["clicks"]
+        assert sample["ious"] == pytest.approx(expected["ious"], abs=1e-4)
+
+
+def test_batches_give_the_same_numbers_and_are_said_in_the_report(what, tmp_path):
+    one = evaluate(replace(what, tie_seeds=1))
+    assert one["machine"]["batch"] == 1
+    assert not any("in step" in line for line in one["protocol"]["text"])
+    four = evaluate(replace(what, out=str(tmp_path / "four"), batch=4, tie_seeds=1))
+    alike(four, one)
+    assert four["tie_spread"]["iou@5"] == one["tie_spread"]["iou@5"]
+    assert read_report(tmp_path / "four" / "report.json")["machine"]["batch"] == 4
+    for name in ("report.md", "report.html"):
+        assert "Up to 4 samples were played in step" in (tmp_path / "four" / name).read_text()
+    traces = str(tmp_path / "four" / "traces.jsonl")
+    alike(evaluate(replace(what, out=str(tmp_path / "replay"), batch=2, replay=traces)), one)
+    alike(evaluate(replace(what, out=str(tmp_path / "both"), batch=2, processes=2)), one)
+
+
+def test_a_run_stopped_in_the_middle_of_a_batch_goes_on(what, tmp_path, monkeypatch):
+    whole = evaluate(replace(what, out=str(tmp_path / "whole"), batch=2))
+    started = []
+    real = ModelSegmenter.start_all
+    decode = ModelSegmenter.click_all
+
+    def start_all(self, pixels):
+        started.append(len(pixels))
+        real(self, pixels)
+
+    def click_all(self, clicks):
+        if len(started) == 2 and len(clicks[0]) == 2:
+            raise KeyboardInterrupt
+        return decode(self, clicks)
+
+    monkeypatch.setattr(ModelSegmenter, "start_all", start_all)
+    monkeypatch.setattr(ModelSegmenter, "click_all", click_all)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(replace(what, batch=2))
+    part = tmp_path / "out" / "parts" / "0.jsonl"
+    assert [trace.name for trace in read_traces(part)[1]] == [sample["name"] for sample in whole["samples"][:2]]
+    assert not (tmp_path / "out" / "report.json").exists()
+    with part.open("ab") as file:
+        file.write(b'{"name": "set/02", "gro')  # killed while writing
+    monkeypatch.setattr(ModelSegmenter, "click_all", decode)
+    started.clear()
+    alike(evaluate(replace(what, batch=2)), whole)
+    assert started == [2, 1]
+    started.clear()
+    alike(evaluate(replace(what, batch=3)), whole)  # another batch is the same evaluation
+    assert started == []
+
+
+def test_the_usual_batch(what):
+    assert (what.at_once, replace(what, device="cuda:1").at_once) == (1, 8)
+    assert replace(what, device="cuda", batch=3).at_once == 3
+    assert replace(what, device="cuda", method="grabcut").at_once == 1
+
+
+def test_batches_that_make_no_sense_are_refused(what, monkeypatch, capsys):
+    for batch in (0, -1, 5000):
+        with pytest.raises(ValueError, match="a batch is 1 to 1024 samples"):
+            replace(what, batch=batch)
+    assert replace(what, batch=1, method="grabcut").at_once == 1
+    command = "hrsam evaluate --dataset pairs --root r --out o --device cpu --method grabcut --batch 4"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == (
+        "hrsam: the method grabcut plays one sample at a time; leave out batch=4, or use processes\n"
+    )
 
 
 def test_bad_data_is_listed_at_once_then_stops_or_is_skipped(what, tmp_path):

@@ -9,8 +9,9 @@ import torch
 
 from hrsam.clicks import Click, next_click
 from hrsam.data.sample import Sample
-from hrsam.evaluation import PROTOCOLS, ModelSegmenter, Protocol, play, seeded, summary
+from hrsam.evaluation import PROTOCOLS, Protocol, play, seeded, summary
 from hrsam.metrics import iou
+from hrsam.segmenters import ModelSegmenter
 from hrsam.session import Session
 from hrsam.traces import Trace, mask_hash
 from tests.builders import photo, small_model

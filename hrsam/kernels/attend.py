@@ -31,7 +31,9 @@ def tiles(head_dim: int, dtype: torch.dtype, backward: bool = False, window: boo
     Raises ``ValueError`` for larger heads or float64, which the kernels do not take.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"the kernel computes in float32 and got {dtype} tensors; use impl='torch' or 'naive' for them")
+        raise ValueError(
+            f"the kernel computes in float32 and got {dtype} tensors; use impl='torch' or 'naive' for them"
+        )
     if head_dim > 256:
         raise ValueError(f"the kernel takes heads of up to 256 channels; got {head_dim}")
     if dtype == torch.float32:

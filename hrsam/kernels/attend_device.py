@@ -25,8 +25,9 @@ def _tokens(table, tile, SIZE: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.cons
         tokens = tl.load(table + 2 * tile) + i
         if MASKED:
             tokens = tl.where(i < tl.load(table + 2 * tile + 1), tokens, -2)
-        return tokens
-    return tl.load(table + tile * SIZE + i)
+    else:
+        tokens = tl.load(table + tile * SIZE + i)
+    return tokens
 
 
 @triton.jit
@@ -35,10 +36,12 @@ def _rows(x, tokens, row, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexp
     d = tl.arange(0, DP)
     at = tokens.to(tl.int64)[:, None] * row + d[None, :]
     if MASKED:
-        return tl.load(x + at, (tokens >= 0)[:, None] & (d < D)[None, :], other=0.0)
-    if D != DP:
-        return tl.load(x + at, (d < D)[None, :], other=0.0)
-    return tl.load(x + at)
+        rows = tl.load(x + at, (tokens >= 0)[:, None] & (d < D)[None, :], other=0.0)
+    elif D != DP:
+        rows = tl.load(x + at, (d < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(x + at)
+    return rows
 
 
 @triton.jit
@@ -57,8 +60,10 @@ def _angles(cos, sin, places, tile, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.
     at = tl.load(places + tile * SIZE + i)[:, None] * (D // 2) + d[None, :]
     if D != DP:
         live = (d < D // 2)[None, :]
-        return tl.load(cos + at, live, other=0.0), tl.load(sin + at, live, other=0.0)
-    return tl.load(cos + at), tl.load(sin + at)
+        c, s = tl.load(cos + at, live, other=0.0), tl.load(sin + at, live, other=0.0)
+    else:
+        c, s = tl.load(cos + at), tl.load(sin + at)
+    return c, s
 
 
 @triton.jit
@@ -86,8 +91,10 @@ def _halves(
         rows = _with_padding(rows, tokens, pad, D, DP)
     if ROPE:
         c, s = _angles(cos, sin, places, tile, SIZE, D, DP)
-        return _turned(rows, c, s, SIZE, DP)
-    return rows, rows
+        a, b = _turned(rows, c, s, SIZE, DP)
+    else:
+        a, b = rows, rows
+    return a, b
 
 
 @triton.jit
@@ -115,18 +122,19 @@ def _visit(
     """One tile of keys joins the running maximum, sum and output."""
     tokens = _tokens(k_tokens, tile, BN, RUNS, MASKED)
     ka, kb = _halves(k, tokens, k_row, pad_k, cos, sin, k_places, tile, BN, D, DP, ROPE, MASKED, PAD and MASKED)
-    scores = _product(qa, qb, ka, kb, ROPE, PRECISION) * scale
+    scores = _product(qa, qb, ka, kb, ROPE, PRECISION)
     if BIAS:
         live = tokens >= 0
-        scores += (tl.load(bias + tokens.to(tl.int64) * bias_row, live, other=0.0) * LOG2E)[None, :]
+        scores = scores * scale + (tl.load(bias + tokens.to(tl.int64) * bias_row, live, other=0.0) * LOG2E)[None, :]
+        scale = 1.0
     if MASKED:
         allowed = (tokens > -2)[None, :]
         if LABELS:
             allowed = allowed & (q_label[:, None] == _labels(k_labels, tile, BN)[None, :])
         scores = tl.where(allowed, scores, -float("inf"))
-    higher = tl.maximum(m, tl.max(scores, 1))
+    higher = tl.maximum(m, tl.max(scores, 1) * scale)  # scale is positive
     safe = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
-    weights = tl.exp2(scores - safe[:, None])
+    weights = tl.exp2(scores * scale - safe[:, None])
     shrink = tl.exp2(m - safe)
     total = total * shrink + tl.sum(weights, 1)
     values = _rows(v, tokens, v_row, DV, DVP, MASKED)

@@ -59,7 +59,7 @@ def _sizes(channels: int, states: int, cycles: int) -> dict[str, int]:
     return {"channels": channels, "N": states, "R": cycles}
 
 
-def _states(u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, first_chunk, sizes):
+def _states(u, r, B, C, dt_bias, A_log, D, gamma, chunks, first_chunk, sizes):
     """F1 and F2: ``entry``, ``prefix``, ``elapsed`` and ``closing`` for the chunks of a table."""
     channels, states, sequences = sizes["channels"], sizes["N"], len(first_chunk) - 1
     slots = len(chunks) + sequences
@@ -67,16 +67,18 @@ def _states(u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, first_chunk, sizes):
     local, entry, prefix, elapsed, closing = (
         torch.empty(s, dtype=torch.float32, device=u.device) for s in (*shapes, (sequences, states, channels))
     )
-    _scan_chunks(u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, local, elapsed, entry, prefix, closing, u, sizes, False)
+    _scan_chunks(u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, u, sizes, False)
     programs.chain_states[sequences, triton.cdiv(channels, CHAIN_LANES)](
-        local, elapsed, A_log_t, gamma, first_chunk, entry, prefix, closing, **sizes, **_chain(states)
+        local, elapsed, A_log, gamma, first_chunk, entry, prefix, closing, **sizes, **_chain(states)
     )
     return entry, prefix, elapsed, closing
 
 
-def _scan_chunks(u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, local, elapsed, entry, prefix, closing, y, sizes, outputs):
+def _scan_chunks(
+    u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, y, sizes, outputs
+):
     programs.scan_chunks[triton.cdiv(sizes["channels"], LANES), len(chunks)](
-        u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
+        u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
         u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes,
         NP=triton.next_power_of_2(sizes["N"]), STEPS=STEPS, BC=LANES, OUTPUTS=outputs, num_warps=1,
     )  # fmt: skip
@@ -94,9 +96,9 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     chunks, first_chunk = scan_tables(tuple(bounds), None, u.device)
     u, r, B, C = (_rows(t) for t in (u, r, B, C))
-    dt_bias, A_log_t, D, gamma = _parameters(dt_bias, A_log.t(), D, gamma)
+    dt_bias, A_log, D, gamma = _parameters(dt_bias, A_log, D, gamma)
     sizes = _sizes(*A_log.shape, gamma.shape[1])
-    inputs = u, r, B, C, dt_bias, A_log_t, D, gamma, chunks
+    inputs = u, r, B, C, dt_bias, A_log, D, gamma, chunks
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     with torch.cuda.device_of(u):
         entry, prefix, elapsed, closing = _states(*inputs, first_chunk, sizes)
@@ -119,7 +121,7 @@ def _backward(
     (channels, states), cycles, sequences = A_log.shape, gamma.shape[1], len(bounds) - 1
     blocks, shared = triton.cdiv(channels, LANES), _sizes(channels, states, cycles)
     w, u, r, B, C = (_rows(t) for t in (w, u, r, B, C))
-    dt_bias, A_log_t, D, gamma = _parameters(dt_bias, A_log.t(), D, gamma)
+    dt_bias, A_log, D, gamma = _parameters(dt_bias, A_log, D, gamma)
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device=u.device)
@@ -129,7 +131,7 @@ def _backward(
     grid, chain_grid = (len(chunks), blocks), (sequences, triton.cdiv(channels, CHAIN_LANES))
     with torch.cuda.device_of(u):
         entry, prefix, elapsed, closing = _states(
-            u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, first_chunk, shared
+            u, r, B, C, dt_bias, A_log, D, gamma, chunks, first_chunk, shared
         )  # fmt: skip
         local, leave = empty(len(chunks), states, channels), empty(len(chunks), states, channels)
         suffix, d_last = torch.empty_like(elapsed), torch.empty_like(closing)
@@ -137,13 +139,13 @@ def _backward(
         d_u, d_r = empty(*u.shape, dtype=u.dtype), empty(*r.shape, dtype=r.dtype)
         d_B, d_C, d_A_log = empty(blocks, *B.shape), empty(blocks, *C.shape), torch.empty_like(entry)
         d_dt_bias, d_D, d_total = (torch.empty_like(elapsed) for _ in range(3))
-        programs.local_adjoints[grid](w, r, C, dt_bias, A_log_t, chunks, local, **rows, **sizes)
+        programs.local_adjoints[grid](w, r, C, dt_bias, A_log, chunks, local, **rows, **sizes)
         programs.chain_adjoints[chain_grid](
-            local, elapsed, A_log_t, gamma, first_chunk, entry, prefix,
+            local, elapsed, A_log, gamma, first_chunk, entry, prefix,
             leave, suffix, d_last, d_A_log, d_gamma, d_delta, **shared, **_chain(states),
         )  # fmt: skip
         programs.gradients[grid](
-            w, u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, entry, prefix, closing, leave, suffix, d_last, d_delta,
+            w, u, r, B, C, dt_bias, A_log, D, gamma, chunks, entry, prefix, closing, leave, suffix, d_last, d_delta,
             d_u, d_r, d_B, d_C, d_dt_bias, d_A_log, d_D, d_total, u.shape[0],
             **rows, u_row=u.stride(0), B_row=B.stride(0), R=cycles, **sizes,
         )  # fmt: skip

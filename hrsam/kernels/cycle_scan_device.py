@@ -61,9 +61,9 @@ def _scalar(x, t, end, row: tl.constexpr, n):
 
 
 @triton.jit
-def _decay(A_log_t, at, live):
+def _decay(A_log, at, live):
     """A / ln 2, so that exp(Δ A) = exp2(Δ A2)."""
-    return -LOG2E * tl.exp(tl.load(A_log_t + at, live, other=0.0))
+    return -LOG2E * tl.exp(tl.load(A_log + at, live, other=0.0))
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _place(chunks, channels: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def scan_chunks(
-    u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
+    u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
     u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, channels: tl.constexpr,
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, BC: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def scan_chunks(
     B += row * B_row
     C += row * C_row
     y += row * channels
-    A2 = _decay(A_log_t, at, tile)
+    A2 = _decay(A_log, n[:, None] + c[None, :] * N, tile)
     bias = tl.load(dt_bias + c, live, other=0.0)
     total = tl.zeros((BC,), tl.float32)
     if OUTPUTS:
@@ -121,7 +121,10 @@ def scan_chunks(
         skip = tl.load(D + c, live, other=0.0)
         before = tl.load(prefix + slot * channels + c, live, other=0.0)
         S = tl.load(closing + sequence * N * channels + at, tile, other=0.0)
-        h = gain[None, :] * tl.load(entry + slot * N * channels + at, tile, other=0.0) + tl.exp2(before[None, :] * A2) * S
+        h = (
+            gain[None, :] * tl.load(entry + slot * N * channels + at, tile, other=0.0)
+            + tl.exp2(before[None, :] * A2) * S
+        )
     else:
         h = tl.zeros((NP, BC), tl.float32)
     for step in range(0, count, STEPS):
@@ -154,7 +157,7 @@ def scan_chunks(
 
 @triton.jit
 def chain_states(
-    local, elapsed, A_log_t, gamma, first_chunk, entry, prefix, closing,
+    local, elapsed, A_log, gamma, first_chunk, entry, prefix, closing,
     channels: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """F2.  A sequence of K chunks has K + 1 slots: ``entry`` (slots, N, Ch) holds g before each chunk and ``g_L``,
@@ -167,7 +170,7 @@ def chain_states(
     at = n[:, None] * channels + c[None, :]
     begin = tl.load(first_chunk + sequence).to(tl.int64)
     stop = tl.load(first_chunk + sequence + 1).to(tl.int64)
-    A2 = _decay(A_log_t, at, tile)
+    A2 = _decay(A_log, n[:, None] + c[None, :] * N, tile)
     g = tl.zeros((NP, BC), tl.float32)
     total = tl.zeros((BC,), tl.float32)
     for step in range(0, stop - begin, AHEAD):
@@ -198,7 +201,7 @@ def chain_states(
 
 @triton.jit
 def local_adjoints(
-    w, r, C, dt_bias, A_log_t, chunks, local,
+    w, r, C, dt_bias, A_log, chunks, local,
     w_row: tl.constexpr, r_row: tl.constexpr, C_row: tl.constexpr, channels: tl.constexpr,
     N: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +210,7 @@ def local_adjoints(
     deltas = _steps(r, dt_bias, first, end, r_row, c, live, CHUNK)
     ws = _vectors(w, first, end, w_row, c, live, CHUNK)
     for n in range(N):
-        A2 = _decay(A_log_t, n * channels + c, live)
+        A2 = _decay(A_log, c * N + n, live)
         rho = tl.zeros((BC,), tl.float32)
         for i in tl.static_range(CHUNK):
             lam = rho + _scalar(C, first + (CHUNK - 1 - i), end, C_row, n) * ws[CHUNK - 1 - i]
@@ -217,7 +220,7 @@ def local_adjoints(
 
 @triton.jit
 def chain_adjoints(
-    local, elapsed, A_log_t, gamma, first_chunk, entry, prefix,
+    local, elapsed, A_log, gamma, first_chunk, entry, prefix,
     leave, suffix, d_last, d_A_log, d_gamma, d_delta,
     channels: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, AHEAD: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +235,7 @@ def chain_adjoints(
     at = n[:, None] * channels + c[None, :]
     begin = tl.load(first_chunk + sequence).to(tl.int64)
     stop = tl.load(first_chunk + sequence + 1).to(tl.int64)
-    A2 = _decay(A_log_t, at, tile)
+    A2 = _decay(A_log, n[:, None] + c[None, :] * N, tile)
     rho = tl.zeros((NP, BC), tl.float32)
     after = tl.zeros((BC,), tl.float32)
     for step in range(0, stop - begin, AHEAD):
@@ -271,7 +274,7 @@ def chain_adjoints(
 
 @triton.jit
 def gradients(
-    w, u, r, B, C, dt_bias, A_log_t, D, gamma, chunks, entry, prefix, closing, leave, suffix, d_last, d_delta,
+    w, u, r, B, C, dt_bias, A_log, D, gamma, chunks, entry, prefix, closing, leave, suffix, d_last, d_delta,
     d_u, d_r, d_B, d_C, d_dt_bias, d_A_log, d_D, d_total, tokens,
     w_row: tl.constexpr, u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr,
     channels: tl.constexpr, N: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, BC: tl.constexpr,
@@ -296,7 +299,7 @@ def gradients(
         d_xs = d_xs + (tl.zeros((BC,), tl.float32),)
     d_gain = tl.zeros((BC,), tl.float32)
     for n in range(N):
-        A2 = _decay(A_log_t, n * channels + c, live)
+        A2 = _decay(A_log, c * N + n, live)
         g = tl.load(entry + (slot * N + n) * channels + c, live, other=0.0)
         z = tl.exp2(before * A2) * tl.load(closing + (sequence * N + n) * channels + c, live, other=0.0)
         rho = tl.load(leave + (chunk * N + n) * channels + c, live, other=0.0)

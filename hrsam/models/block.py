@@ -33,6 +33,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.padding = nn.Parameter(torch.zeros(1, width))
+        self.frozen_pad: tuple[Tensor, Tensor] | None = None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x`` (T, C) -> q, k, v, each (T, heads, C / heads)."""
@@ -40,7 +41,9 @@ class Attention(nn.Module):
         return q, k, v
 
     def pad_kv(self) -> tuple[Tensor, Tensor]:
-        """Key and value (heads, C / heads) of the padding token."""
+        """Key and value (heads, C / heads) of the padding token; a constant of a frozen encoder."""
+        if self.frozen_pad is not None:
+            return self.frozen_pad
         _, k, v = self.project(self.padding)
         return k[0], v[0]
 

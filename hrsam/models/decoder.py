@@ -28,13 +28,13 @@ class ProjectedAttention(nn.Module):
         self.v_proj = nn.Linear(width, inner)
         self.out_proj = nn.Linear(inner, width)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, Tq, C), (B, Tk, C), (B, Tk, C) -> (B, Tq, C)."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, Tq, C), (B, Tk, C), (B, Tk, C) -> (B, Tq, C); ``mask`` (B, 1, 1, Tk), True for keys that may be read."""
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
         )
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -74,17 +74,19 @@ class TwoWayLayer(nn.Module):
         self.norm4 = nn.LayerNorm(width)
         self.cross_attn_image_to_token = ProjectedAttention(width, heads, downsample=2)
 
-    def forward(self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if self.first:  # replaces the tokens: no residual, no positions
-            tokens = self.self_attn(tokens, tokens, tokens)
+            tokens = self.self_attn(tokens, tokens, tokens, mask)
         else:
             q = tokens + token_pe
-            tokens = tokens + self.self_attn(q, q, tokens)
+            tokens = tokens + self.self_attn(q, q, tokens, mask)
         tokens = self.norm1(tokens)
         image_keys = image + image_pe
         tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image_keys, image))
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(image + self.cross_attn_image_to_token(image_keys, tokens + token_pe, tokens))
+        image = self.norm4(image + self.cross_attn_image_to_token(image_keys, tokens + token_pe, tokens, mask))
         return tokens, image
 
 
@@ -95,10 +97,12 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = ProjectedAttention(width, heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor, image: Tensor, image_pe: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, image: Tensor, image_pe: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         token_pe = tokens
         for layer in self.layers:
-            tokens, image = layer(tokens, image, token_pe, image_pe)
+            tokens, image = layer(tokens, image, token_pe, image_pe, mask)
         out = self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
         return self.norm_final_attn(tokens + out), image
 
@@ -126,18 +130,21 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = ReluMlp((width, width, width, self.num_masks))
 
     def forward(
-        self, image: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, masks: Sequence[int] = (0,)
-    ) -> tuple[Tensor, Tensor]:
+        self, image: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, masks: Sequence[int] = (0,),
+        real: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One prompt for each image of the batch.
 
         ``image`` (B, C, h, w); ``image_pe`` (1, C, h, w); ``sparse`` (B, P, C) prompt tokens; ``dense`` (B, C, h, w);
-        ``masks``: which of the four to compute -> logits (B, masks, 4h, 4w) and predicted IoU (B, masks).
+        ``masks``: which of the four to compute; ``real`` (B, P) bool: False for prompt tokens that must not be read
+        -> logits (B, masks, 4h, 4w) and predicted IoU (B, masks).
         """
         batch, _, rows, cols = image.shape
         output = torch.cat((self.iou_token.weight, self.mask_tokens.weight))
         tokens = torch.cat((output.expand(batch, -1, -1).to(sparse.dtype), sparse), dim=1)
         source = (image + dense).flatten(2).transpose(1, 2)
-        tokens, source = self.transformer(tokens, source, image_pe.flatten(2).transpose(1, 2))
+        mask = None if real is None else F.pad(real, (output.shape[0], 0), value=True).view(batch, 1, 1, -1)
+        tokens, source = self.transformer(tokens, source, image_pe.flatten(2).transpose(1, 2), mask)
         hyper = torch.stack([self.output_hypernetworks_mlps[m](tokens[:, 1 + m]) for m in masks], dim=1)
         logits = torch.einsum("bmc,bpuvc->bmpuv", hyper, self._upscale(source))
         # (…, h·w cells, 4 children, 4 grandchildren) -> rows (h, first, second), columns likewise

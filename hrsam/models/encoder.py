@@ -9,6 +9,7 @@ grid to the other (after it).  These four stages are joined into a map of 256 ch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrsam.layout import Layout, token_images
-from hrsam.models.block import Block, CycleScan
+from hrsam.models.block import Attention, Block, CycleScan
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Encoder(nn.Module):
         self.config = config
         width, stages = config.width, len(config.scan_at)
         self.anchor_side = config.anchor_side
+        self.frozen_positions: dict[tuple[int, int], Tensor] = {}
+        self.frozen_dtype: torch.dtype | None = None
         self.patch_embed = nn.Conv2d(3, width, config.patch, config.patch)
         # One class slot in front, as in the MAE weights it starts from; it is never used.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.pretrained_grid**2, width))
@@ -75,12 +78,37 @@ class Encoder(nn.Module):
                 module.reset_steps()
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
+    @torch.no_grad()
+    def frozen(self, dtype: torch.dtype) -> Encoder:
+        """A copy for inference with matrices in ``dtype``, to be run under autocast to it.
+
+        Tokens stay in ``dtype`` from block to block; norms, scans and what autocast leaves alone compute in float32.  What
+        depends on weights alone is computed once: keys and values of padding tokens, and the position embedding of each
+        grid that :meth:`remember` was called with.
+        """
+        copy = deepcopy(self).eval().requires_grad_(False)
+        copy.frozen_positions = {}
+        copy.frozen_dtype = dtype
+        for module in copy.modules():
+            if isinstance(module, Attention):
+                module.frozen_pad = tuple(t.to(dtype) for t in module.pad_kv())
+        for module in copy.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
+        return copy
+
+    @torch.no_grad()
+    def remember(self, grid: tuple[int, int]) -> None:
+        """Compute the position embedding of a grid now; for a frozen encoder."""
+        if grid not in self.frozen_positions:
+            self.frozen_positions[grid] = self._positions(grid).to(self.frozen_dtype)
+
     def forward(self, pixels: Tensor) -> Tensor:
         """``pixels`` (B, 3, H, W) normalised, H and W multiples of the patch -> (B, out_channels, H/16, W/16).
 
         Raises ``ValueError`` for another shape.
         """
-        self._check(pixels)
+        self.check(pixels)
         tokens, layout = self._embed(pixels)
         return self._stages(tokens, layout)[0]
 
@@ -94,7 +122,7 @@ class Encoder(nn.Module):
             raise ValueError("got no images to encode; give at least one (3, H, W) tensor")
         parts, grids, owners = [], [], []
         for index, image in enumerate(images):
-            self._check(image.unsqueeze(0))
+            self.check(image.unsqueeze(0))
             tokens, layout = self._embed(image.unsqueeze(0))
             parts.append(tokens)
             grids += layout.grids
@@ -102,7 +130,8 @@ class Encoder(nn.Module):
         maps = self._stages(torch.cat(parts), Layout(tuple(grids), tuple(owners)), exact=True)
         return [m[0] for m in maps]
 
-    def _check(self, pixels: Tensor) -> None:
+    def check(self, pixels: Tensor) -> None:
+        """``ValueError`` for what :meth:`forward` does not take."""
         patch = self.config.patch
         if (
             pixels.ndim != 4
@@ -115,6 +144,11 @@ class Encoder(nn.Module):
                 f"the encoder takes (B, 3, H, W) with H and W multiples of {patch}; got {tuple(pixels.shape)}: "
                 "pad the picture at the bottom and right with zeros after normalising it"
             )
+
+    def grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Token grids of one picture of this size."""
+        sides = [(height, width)] + ([(self.anchor_side,) * 2] if self.anchor_side is not None else [])
+        return [(rows // self.config.patch, cols // self.config.patch) for rows, cols in sides]
 
     def _embed(self, pixels: Tensor) -> tuple[Tensor, Layout]:
         """Patches and positions of a batch of equal size -> packed tokens and their layout."""
@@ -135,6 +169,8 @@ class Encoder(nn.Module):
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embedding (h·w, C) of a token grid: the pretrained grid enlarged bilinearly."""
+        if grid in self.frozen_positions:
+            return self.frozen_positions[grid]
         side = self.config.pretrained_grid
         table = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         if grid != (side, side):

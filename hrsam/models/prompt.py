@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NOT_A_POINT, NEGATIVE, POSITIVE, BOX_FIRST, BOX_SECOND = -1, 0, 1, 2, 3
+NOBODY = -2  # fills a prompt up to a length; the decoder must be told not to read it
 NOMINAL_GRID = 64  # the grid SAM was trained at: the dense position code is made there and resized
 
 
@@ -76,14 +77,14 @@ class PromptEncoder(nn.Module):
     def sparse(self, points: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
         """Prompt tokens.
 
-        ``points`` (B, P, 2) x, y; ``labels`` (B, P) int: 1 positive, 0 negative, 2 and 3 the corners of a box, −1 no point;
-        ``size``: height and width of the model's input in pixels -> (B, P, C).
+        ``points`` (B, P, 2) x, y; ``labels`` (B, P) int: 1 positive, 0 negative, 2 and 3 the corners of a box, −1 no
+        point, −2 nobody; ``size``: height and width of the model's input in pixels -> (B, P, C).
         """
         scale = torch.tensor([size[1], size[0]], dtype=torch.float32, device=points.device)
         code = self.pe_layer((points.float() + 0.5) / scale)
         embeddings = [self.not_a_point_embed, *self.point_embeddings]
         table = torch.cat([e.get_parameter("weight") for e in embeddings])
-        return code * (labels != NOT_A_POINT).unsqueeze(-1) + table[labels.long() + 1]
+        return code * (labels != NOT_A_POINT).unsqueeze(-1) + table[(labels.long() + 1).clamp(min=0)]
 
     def dense(self, logits: Tensor | None, batch: int, grid: tuple[int, int]) -> Tensor:
         """Dense prompt (B, C, h, w): earlier logits (B, 1, 4h, 4w) as they are, or the "no mask" vector."""

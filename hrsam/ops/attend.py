@@ -233,7 +233,9 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> None:
         )
 
 
-def operator(name: str, plan_of: Callable[..., Plan], table_of: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+def operator(
+    name: str, plan_of: Callable[..., Plan], table_of: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function ``(q, k, v, pad_k, pad_v, numbers, rope, scale) -> (output, log-sum-exp)`` the compiler knows as
     ``hrsam::name`` and does not look into.
 
@@ -274,7 +276,9 @@ def operator(name: str, plan_of: Callable[..., Plan], table_of: Callable[..., An
 
     @backward.register_fake
     def _(q, k, v, pad_k, pad_v, out, lse, d_out, numbers, rope, scale):
-        pads = (q.new_empty(0 if t is None else t.shape, dtype=q.dtype if t is None else t.dtype) for t in (pad_k, pad_v))
+        pads = (
+            q.new_empty(0 if t is None else t.shape, dtype=q.dtype if t is None else t.dtype) for t in (pad_k, pad_v)
+        )
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *pads
 
     def save(ctx, inputs, output):

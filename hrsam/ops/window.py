@@ -94,7 +94,7 @@ def tile_plan(numbers: tuple[int, ...], tiles: tuple[int, int], padded: bool, de
     sub = 8 if window % 8 == 0 else window
     order = torch.arange(size).view(window // sub, sub, window // sub, sub).transpose(1, 2).flatten()
     bundle = max(1, min(tiles) // size)
-    rows: dict[str, list[Tensor]] = {name: [] for name in ("q_tokens", "q_places", "q_labels", "k_tokens", "k_places", "k_labels")}
+    rows: dict[str, list[Tensor]] = {f"{side}_{what}": [] for side in "qk" for what in ("tokens", "places", "labels")}
     full: list[list[int]] = []
     partial: list[list[int]] = []
     key_tiles = 0
