@@ -43,7 +43,7 @@ def tiles(head_dim: int, dtype: torch.dtype, backward: bool = False, window: boo
             return Tiles(64, 64, 4, 2)
         return Tiles(64, 32, 4, 1) if head_dim <= 128 else Tiles(32, 32, 4, 1)
     if head_dim <= 64:
-        return Tiles(128, 128, 8, 2) if window else Tiles(128, 64, 4, 3)
+        return Tiles(64, 128, 4, 1) if window else Tiles(128, 64, 8, 3)
     return Tiles(128, 64, 8, 2) if head_dim <= 128 else Tiles(64, 32, 4, 2)
 
 
@@ -81,7 +81,7 @@ def _constants(x: Inputs, plan: Any) -> dict[str, Any]:
         "q_row": x.q.stride(0), "q_head": x.q.stride(1), "k_row": x.k.stride(0), "k_head": x.k.stride(1),
         "v_row": x.v.stride(0), "v_head": x.v.stride(1), "heads": x.q.shape[1], "GROUP": x.q.shape[1] // x.k.shape[1],
         "D": D, "DP": max(32, _power_of_two(D)) if rope else _power_of_two(D), "DV": DV, "DVP": _power_of_two(DV),
-        "BM": plan.tile_q, "BN": plan.tile_k, "ROPE": rope, "PAD": x.pad_k is not None, "LABELS": plan.labelled,
+        "BM": plan.tile_q, "BN": plan.tile_k, "ROPE": rope, "PAD": x.pad_k is not None and plan.padded, "LABELS": plan.labelled,
         "BIAS": x.bias is not None, "RUNS": plan.runs, "PRECISION": "ieee" if x.q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
 
@@ -103,9 +103,19 @@ def forward(inputs: Inputs, plan: Any, scale: float, warps: int, stages: int) ->
     lse = torch.empty(x.q.shape[:2], dtype=torch.float32, device=x.q.device)
     if not plan.covers:
         lse.fill_(-math.inf)
+    pointers, constants = _pointers(x), _constants(x, plan)
+    base2 = scale * math.log2(math.e)
     with torch.cuda.device_of(x.q):
+        if len(plan.groups) and x.bias is None:
+            for name in ("BIAS", "RUNS"):
+                del constants[name]
+            programs.attend_groups[len(plan.groups), x.q.shape[1]](
+                *pointers[:3], *pointers[4:], out, lse, *_tables(plan), plan.groups, base2,
+                **constants, MASKED=plan.gaps or plan.labelled, TWO=plan.group_keys == 2, num_warps=warps, num_stages=1,
+            )  # fmt: skip
+            return out, lse
         programs.attend[len(plan.q_tokens), x.q.shape[1]](
-            *_pointers(x), out, lse, *_tables(plan), *plan.lists, scale * math.log2(math.e), **_constants(x, plan),
+            *pointers, out, lse, *_tables(plan), *plan.lists, base2, **constants,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out, lse
@@ -129,7 +139,7 @@ def backward(
     d_q, d_k = empty(*x.q.shape, dtype=x.q.dtype), empty(*x.k.shape, dtype=x.k.dtype)
     d_v = empty(*x.v.shape, dtype=x.v.dtype)
     d_bias = empty(tokens, heads) if x.bias is not None else None
-    count = len(plan.k_tokens) if x.pad_k is not None else 0
+    count = len(plan.k_tokens) if x.pad_k is not None and plan.padded else 0
     d_pad_k, d_pad_v = empty(count, key_heads, D), empty(count, key_heads, DV)
     scales = scale * math.log2(math.e), scale
     saved, options = (*_pointers(x), d_out, lse, delta), {"num_warps": warps, "num_stages": stages}

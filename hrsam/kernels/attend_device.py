@@ -190,6 +190,79 @@ def attend(
 
 
 @triton.jit
+def _allowed(tokens, q_label, labels, tile, SIZE: tl.constexpr, LABELS: tl.constexpr):
+    allowed = (tokens > -2)[None, :]
+    if LABELS:
+        allowed = allowed & (q_label[:, None] == _labels(labels, tile, SIZE)[None, :])
+    return allowed
+
+
+@triton.jit
+def attend_groups(
+    q, k, v, cos, sin, pad_k, pad_v, out, lse,
+    q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, groups, scale,
+    q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
+    v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ROPE: tl.constexpr, PAD: tl.constexpr, LABELS: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As :func:`attend` where neighbouring query tiles read the same one or two (``TWO``) key tiles and nothing else does:
+    keys are fetched and rotated once and stay, and the softmax needs no second look."""
+    group, head = tl.program_id(0), tl.program_id(1)
+    first, count = tl.load(groups + 3 * group), tl.load(groups + 3 * group + 1)
+    key_tile = tl.load(groups + 3 * group + 2)
+    q += head * q_head
+    k += head // GROUP * k_head
+    v += head // GROUP * v_head
+    pad_k += head // GROUP * D
+    pad_v += head // GROUP * DV
+    GAPS: tl.constexpr = PAD or MASKED
+    k_tok = _tokens(k_tokens, key_tile, BN, False, False)
+    ka, kb = _halves(k, k_tok, k_row, pad_k, cos, sin, k_places, key_tile, BN, D, DP, ROPE, GAPS, PAD)
+    values = _rows(v, k_tok, v_row, DV, DVP, GAPS)
+    if PAD:
+        values = _with_padding(values, k_tok, pad_v, DV, DVP)
+    if TWO:
+        k_tok2 = _tokens(k_tokens, key_tile + 1, BN, False, False)
+        ka2, kb2 = _halves(k, k_tok2, k_row, pad_k, cos, sin, k_places, key_tile + 1, BN, D, DP, ROPE, GAPS, PAD)
+        values2 = _rows(v, k_tok2, v_row, DV, DVP, GAPS)
+        if PAD:
+            values2 = _with_padding(values2, k_tok2, pad_v, DV, DVP)
+    d = tl.arange(0, DVP)
+    for tile in range(first, first + count):
+        tokens = _tokens(q_tokens, tile, BM, False, False)
+        qa, qb = _halves(q, tokens, q_row, pad_k, cos, sin, q_places, tile, BM, D, DP, ROPE, True, False)
+        q_label = _labels(q_labels, tile, BM) if LABELS else tokens
+        scores = _product(qa, qb, ka, kb, ROPE, PRECISION)
+        if MASKED:
+            allowed = _allowed(k_tok, q_label, k_labels, key_tile, BN, LABELS)
+            scores = tl.where(allowed, scores, -float("inf"))
+        level = tl.max(scores, 1)
+        if TWO:
+            scores2 = _product(qa, qb, ka2, kb2, ROPE, PRECISION)
+            if MASKED:
+                allowed2 = _allowed(k_tok2, q_label, k_labels, key_tile + 1, BN, LABELS)
+                scores2 = tl.where(allowed2, scores2, -float("inf"))
+            level = tl.maximum(level, tl.max(scores2, 1))
+        level = level * scale  # scale is positive
+        safe = tl.where(level == -float("inf"), 0.0, level) if MASKED else level
+        weights = tl.exp2(scores * scale - safe[:, None])
+        total = tl.sum(weights, 1)
+        acc = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        if TWO:
+            weights2 = tl.exp2(scores2 * scale - safe[:, None])
+            total += tl.sum(weights2, 1)
+            acc = tl.dot(weights2.to(values.dtype), values2, acc, input_precision=PRECISION)
+        empty = total == 0.0
+        acc = acc / tl.where(empty, 1.0, total)[:, None]
+        real = tokens >= 0
+        row = tokens.to(tl.int64) * heads + head
+        tl.store(out + row[:, None] * DV + d[None, :], acc.to(out.dtype.element_ty), real[:, None] & (d < DV)[None, :])
+        tl.store(lse + row, tl.where(empty, -float("inf"), (level + tl.log2(tl.where(empty, 1.0, total))) * LN2), real)
+
+
+@triton.jit
 def _query_statistics(lse, delta, tokens, heads: tl.constexpr, head):
     """Log-sum-exp in powers of two, +inf where a slot holds no query or a query has no keys, and Δ."""
     real = tokens >= 0

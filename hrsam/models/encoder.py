@@ -206,8 +206,7 @@ class Encoder(nn.Module):
         assert fused is not None
         out = []
         for part in fused:
-            part = self.out_conv(part.permute(0, 3, 1, 2))
-            out.append(self.out_norm(part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+            out.append(self.out_norm(depthwise_3x3(part, self.out_conv)).permute(0, 3, 1, 2))
         return out
 
     def _lateral(self, stage: int, x: Tensor, layout: Layout, merge: bool) -> list[Tensor]:
@@ -225,6 +224,21 @@ class Encoder(nn.Module):
                 full = torch.cat((norm(full), norm(anchor)), dim=-1)
             maps.append(self.laterals[stage](full))
         return maps
+
+
+def depthwise_3x3(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A depthwise 3×3 convolution of (n, h, w, C), zero-padded.
+
+    On a GPU as nine shifted products, which a compiler fuses into one pass; the library's kernel for channel-last 16-bit
+    maps takes thirty times as long.
+    """
+    if not x.is_cuda:
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    rows, cols = x.shape[1:3]
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1)).float()
+    weight = conv.weight.float()
+    shifts = [(i, j) for i in range(3) for j in range(3)]
+    return sum(padded[:, i : i + rows, j : j + cols] * weight[:, 0, i, j] for i, j in shifts).to(x.dtype)
 
 
 def _init_linear(module: nn.Module) -> None:

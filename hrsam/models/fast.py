@@ -31,7 +31,7 @@ class Graphed:
         self._graphs: OrderedDict[Any, tuple[Any, list[Tensor | None], Any]] = OrderedDict()
         self._lock = threading.Lock()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, *tensors: Tensor | None, **options: Any) -> Any:
         key = (*(None if t is None else (t.shape, t.dtype, t.device) for t in tensors), *sorted(options.items()))
         with self._lock:
@@ -82,7 +82,7 @@ class FastEncoder(nn.Module):
 
         return encode
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """As :meth:`Encoder.forward`; features in the encoder's precision."""
         self.encoder.check(pixels)
@@ -110,7 +110,7 @@ class FastDecoder:
             if isinstance(module, (nn.Linear, nn.ConvTranspose2d)):
                 module.to(dtype)
         self.dtype = dtype
-        self._run = Graphed(self._decode, 2 * KEPT) if graphs else torch.inference_mode()(self._decode)
+        self._run = Graphed(self._decode, 2 * KEPT) if graphs else torch.no_grad()(self._decode)
 
     def _decode(self, features, positions, points, labels, previous, masks):
         size = 16 * features.shape[2], 16 * features.shape[3]
@@ -139,6 +139,6 @@ def optimized(model: Any, dtype: torch.dtype, compiled: bool, graphs: bool, mode
     fast._modules = dict(model._modules)
     fast.encoder = FastEncoder(model.encoder, dtype, compiled, graphs, mode)
     if model.config.decoder:
-        fast.dense_positions = cache(torch.inference_mode()(model.prompt_encoder.dense_positions))
+        fast.dense_positions = cache(torch.no_grad()(model.prompt_encoder.dense_positions))
         fast.decode_prompts = FastDecoder(model.prompt_encoder, model.mask_decoder, dtype, graphs)
     return fast

@@ -80,8 +80,8 @@ class PromptEncoder(nn.Module):
         ``points`` (B, P, 2) x, y; ``labels`` (B, P) int: 1 positive, 0 negative, 2 and 3 the corners of a box, −1 no
         point, −2 nobody; ``size``: height and width of the model's input in pixels -> (B, P, C).
         """
-        scale = torch.tensor([size[1], size[0]], dtype=torch.float32, device=points.device)
-        code = self.pe_layer((points.float() + 0.5) / scale)
+        x, y = (points.float() + 0.5).unbind(-1)
+        code = self.pe_layer(torch.stack((x / size[1], y / size[0]), dim=-1))
         embeddings = [self.not_a_point_embed, *self.point_embeddings]
         table = torch.cat([e.get_parameter("weight") for e in embeddings])
         return code * (labels != NOT_A_POINT).unsqueeze(-1) + table[(labels.long() + 1).clamp(min=0)]

@@ -43,13 +43,14 @@ class Plan:
     token and count of neighbours.  ``q_places``, ``k_places``: rows of the rotary table, as large as the slots; ``q_labels``,
     ``k_labels`` likewise; one element where they are not used.  ``lists``: pointer and index arrays of FULL and PARTIAL key
     tiles of each query tile; ``transposed``: of query tiles of each key tile.  ``tokens``: length T of the sequence;
-    ``covers``: every token is a query and a key.
+    ``covers``: every token is a query and a key; ``padded``, ``gaps``: some key slot holds −1, −2.  ``groups`` (groups, 3):
+    first query tile, count and first key tile, where neighbouring query tiles read the same ``group_keys`` key tiles, one
+    or two, and nothing else; no rows otherwise.
     """
 
     tile_q: int
     tile_k: int
     tokens: int
-    covers: bool
     runs: bool
     q_tokens: Tensor
     k_tokens: Tensor
@@ -59,6 +60,11 @@ class Plan:
     k_labels: Tensor
     lists: tuple[Tensor, Tensor, Tensor, Tensor]
     transposed: tuple[Tensor, Tensor, Tensor, Tensor]
+    groups: Tensor
+    group_keys: int
+    covers: bool
+    padded: bool
+    gaps: bool
 
     @property
     def labelled(self) -> bool:
@@ -69,11 +75,7 @@ class Plan:
         """Token numbers of all slots, (query tiles, tile_q) and (key tiles, tile_k), whether or not stored as runs."""
         if not self.runs:
             return self.q_tokens, self.k_tokens
-        both = []
-        for table, size in ((self.q_tokens, self.tile_q), (self.k_tokens, self.tile_k)):
-            steps = torch.arange(size, dtype=torch.int32, device=table.device)
-            both.append(torch.where(steps < table[:, 1:], table[:, :1] + steps, NOBODY))
-        return both[0], both[1]
+        return unrolled(self.q_tokens, self.tile_q), unrolled(self.k_tokens, self.tile_k)
 
     def stats(self) -> dict[str, float]:
         """Shares of tile pairs that are visited, and visited without a mask."""
@@ -121,18 +123,43 @@ def make_plan(
     def ready(table: Tensor) -> Tensor:
         return table.to(device, torch.int32).contiguous()
 
-    plan = Plan(
-        *tiles, tokens, False, runs, *map(ready, (q_tokens, k_tokens, q_places, k_places, q_labels, k_labels)),
-        tuple(map(ready, lists)), tuple(map(ready, transposed)),
-    )  # fmt: skip
+    slots = [unrolled(table, size) if runs else table for table, size in zip((q_tokens, k_tokens), tiles)]
     covers = True
-    for side, slots in zip(("query", "key"), plan.slots):
-        real = slots[slots >= 0]
+    for side, table in zip(("query", "key"), slots):
+        real = table[table >= 0]
         if real.unique().numel() != real.numel():
             raise ValueError(f"a token stands in two {side} slots of the plan; give each token one slot")
         covers &= real.numel() == tokens
-    object.__setattr__(plan, "covers", covers)
-    return plan
+    groups, group_keys = ([], 0) if runs else _groups(full, partial, len(k_tokens))
+    return Plan(
+        *tiles, tokens, runs, *map(ready, (q_tokens, k_tokens, q_places, k_places, q_labels, k_labels)),
+        tuple(map(ready, lists)), tuple(map(ready, transposed)), ready(torch.tensor(groups).view(-1, 3)), group_keys,
+        covers, bool((slots[1] == PADDING).any()), bool((slots[1] == NOBODY).any()),
+    )  # fmt: skip
+
+
+def unrolled(runs: Tensor, tile: int) -> Tensor:
+    """Token numbers (tiles, tile) of tiles stored as (first, count)."""
+    steps = torch.arange(tile, dtype=runs.dtype, device=runs.device)
+    return torch.where(steps < runs[:, 1:], runs[:, :1] + steps, NOBODY)
+
+
+def _groups(full, partial, key_tiles: int) -> tuple[list[tuple[int, int, int]], int]:
+    """Runs of query tiles that read the same one or two neighbouring key tiles, if all do and none shares with another."""
+    groups: list[tuple[int, int, int]] = []
+    reads = [sorted([*a, *b]) for a, b in zip(full, partial)]
+    size = len(reads[0])
+    if size not in (1, 2) or any(len(r) != size or r[-1] - r[0] != size - 1 for r in reads):
+        return [], 0
+    for tile, read in enumerate(reads):
+        if groups and groups[-1][2] == read[0]:
+            first, count, key = groups[-1]
+            groups[-1] = first, count + 1, key
+        else:
+            groups.append((tile, 1, read[0]))
+    firsts = [key for *_, key in groups]
+    disjoint = firsts == list(range(0, key_tiles, size))
+    return (groups, size) if disjoint else ([], 0)
 
 
 def _csr(lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
