@@ -109,7 +109,7 @@ def forward(inputs: Inputs, plan: Any, scale: float, warps: int, stages: int) ->
         if len(plan.groups) and x.bias is None:
             for name in ("BIAS", "RUNS"):
                 del constants[name]
-            programs.attend_groups[len(plan.groups), x.q.shape[1]](
+            programs.attend_groups[x.q.shape[1], len(plan.groups)](
                 *pointers[:3], *pointers[4:], out, lse, *_tables(plan), plan.groups, base2,
                 **constants, MASKED=plan.gaps or plan.labelled, TWO=plan.group_keys == 2, num_warps=warps, num_stages=1,
             )  # fmt: skip

@@ -209,7 +209,7 @@ def attend_groups(
 ):  # fmt: skip
     """As :func:`attend` where neighbouring query tiles read the same one or two (``TWO``) key tiles and nothing else does:
     keys are fetched and rotated once and stay, and the softmax needs no second look."""
-    group, head = tl.program_id(0), tl.program_id(1)
+    head, group = tl.program_id(0), tl.program_id(1)  # heads of a row lie side by side in memory
     first, count = tl.load(groups + 3 * group), tl.load(groups + 3 * group + 1)
     key_tile = tl.load(groups + 3 * group + 2)
     q += head * q_head

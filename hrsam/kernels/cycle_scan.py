@@ -16,8 +16,8 @@ from torch import Tensor
 from hrsam.kernels import cycle_scan_device as programs
 
 CHUNK = 16  # tokens of a chunk of the backward pass; a lane of B3 keeps 5 values a token in registers
-LANES = 32  # channels of a program, one warp
-STEPS = 2  # tokens that F1 and F3 load before they use them
+LANES = 32  # channels of a program of B1 and B3, one warp
+SCAN_LANES = 64  # channels of a program of F1 and F3, one warp
 CHAIN_LANES, CHAIN_WARPS = 16, 4  # channels and warps of F2 and B2, whose programs hold all states
 CHAIN_AHEAD = 8  # chunks that F2 and B2 load before they use them
 
@@ -77,10 +77,10 @@ def _states(u, r, B, C, dt_bias, A_log, D, gamma, chunks, first_chunk, sizes):
 def _scan_chunks(
     u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, y, sizes, outputs
 ):
-    programs.scan_chunks[triton.cdiv(sizes["channels"], LANES), len(chunks)](
+    programs.scan_chunks[triton.cdiv(sizes["channels"], SCAN_LANES), len(chunks)](
         u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
-        u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes,
-        NP=triton.next_power_of_2(sizes["N"]), STEPS=STEPS, BC=LANES, OUTPUTS=outputs, num_warps=1,
+        u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes, BC=SCAN_LANES,
+        OUTPUTS=outputs, num_warps=1,
     )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def _backward(
             d_u, d_r, d_B, d_C, d_dt_bias, d_A_log, d_D, d_total, u.shape[0],
             **rows, u_row=u.stride(0), B_row=B.stride(0), R=cycles, **sizes,
         )  # fmt: skip
-    d_gamma = (d_gamma.sum(0) + d_total.sum(0)).t()
+    d_gamma = (d_gamma.sum(0) + d_total.sum(0, dtype=torch.float64)).t()
     grads = (d_u, d_r, d_dt_bias.sum(0), d_A_log.sum(0).t(), d_B.sum(0), d_C.sum(0), d_D.sum(0), d_gamma)
     return tuple(grad.to(dtype).contiguous() for grad, dtype in zip(grads, types))
 

@@ -89,13 +89,13 @@ def _place(chunks, channels: tl.constexpr, BC: tl.constexpr):
 def scan_chunks(
     u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
     u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, channels: tl.constexpr,
-    N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr, BC: tl.constexpr, OUTPUTS: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """F1, chunks of any length: ``local`` (chunks, N, Ch), the end state from zero, and ``elapsed`` (chunks, Ch), the sum
     of Δ.  With ``OUTPUTS`` F3: ``y`` (T, Ch).
 
-    A lane holds a few states of a few channels, and tokens follow one another: one power a state and token is what takes
-    time here, so everything a token needs once is loaded for ``STEPS`` tokens before it is used.
+    A lane is two channels and holds their states in registers, tokens follow one another.  One power a state and token is
+    what takes time here; nothing crosses lanes, and what a state needs of B and C serves both channels.
     """
     chunk = tl.program_id(1).to(tl.int64)
     first = tl.load(chunks + 3 * chunk)
@@ -103,55 +103,55 @@ def scan_chunks(
     sequence = tl.load(chunks + 3 * chunk + 2).to(tl.int64)
     slot = chunk + sequence
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    n = tl.arange(0, NP)
-    live, states = c < channels, n < N
-    tile = states[:, None] & live[None, :]
-    at = n[:, None] * channels + c[None, :]
+    live = c < channels
     row = first.to(tl.int64)
     u += row * u_row
     r += row * r_row
     B += row * B_row
     C += row * C_row
     y += row * channels
-    A2 = _decay(A_log, n[:, None] + c[None, :] * N, tile)
     bias = tl.load(dt_bias + c, live, other=0.0)
-    total = tl.zeros((BC,), tl.float32)
     if OUTPUTS:
         gain = _total(gamma, c, live, R)
         skip = tl.load(D + c, live, other=0.0)
         before = tl.load(prefix + slot * channels + c, live, other=0.0)
-        S = tl.load(closing + sequence * N * channels + at, tile, other=0.0)
-        h = (
-            gain[None, :] * tl.load(entry + slot * N * channels + at, tile, other=0.0)
-            + tl.exp2(before[None, :] * A2) * S
-        )
-    else:
-        h = tl.zeros((NP, BC), tl.float32)
-    for step in range(0, count, STEPS):
-        deltas = ()
-        us = ()
-        Bs = ()
-        Cs = ()
-        for j in tl.static_range(STEPS):
-            t = step + j
-            on = live & (t < count)
-            value = tl.load(u + t * u_row + c, on, other=0.0).to(tl.float32)
-            us = us + (value * gain if OUTPUTS else value,)
-            delta = _softplus(tl.load(r + t * r_row + c, on, other=0.0).to(tl.float32) + bias)
-            deltas = deltas + (tl.where(on, delta, 0.0),)
-            Bs = Bs + (tl.load(B + t * B_row + n, states & (t < count), other=0.0).to(tl.float32),)
+    total = tl.zeros((BC,), tl.float32)
+    rates = ()
+    hs = ()
+    for n in tl.static_range(N):
+        A2 = _decay(A_log, c * N + n, live)
+        rates = rates + (A2,)
+        if OUTPUTS:
+            g = tl.load(entry + (slot * N + n) * channels + c, live, other=0.0)
+            S = tl.load(closing + (sequence * N + n) * channels + c, live, other=0.0)
+            hs = hs + (gain * g + tl.exp2(before * A2) * S,)
+        else:
+            hs = hs + (tl.zeros((BC,), tl.float32),)
+    u_next = tl.load(u + c, live, other=0.0)  # one token ahead
+    r_next = tl.load(r + c, live, other=0.0)
+    for t in range(0, count):
+        value = u_next.to(tl.float32)
+        if OUTPUTS:
+            value = value * gain
+        delta = tl.where(live, _softplus(r_next.to(tl.float32) + bias), 0.0)
+        more = live & (t + 1 < count)
+        u_next = tl.load(u + (t + 1) * u_row + c, more, other=0.0)
+        r_next = tl.load(r + (t + 1) * r_row + c, more, other=0.0)
+        x = delta * value
+        total += delta
+        out = skip * value if OUTPUTS else x
+        new = ()
+        for n in tl.static_range(N):
+            h = tl.exp2(delta * rates[n]) * hs[n] + x * tl.load(B + t * B_row + n).to(tl.float32)
             if OUTPUTS:
-                Cs = Cs + (tl.load(C + t * C_row + n, states & (t < count), other=0.0).to(tl.float32),)
-        for j in tl.static_range(STEPS):
-            t = step + j
-            h = tl.exp2(deltas[j][None, :] * A2) * h + (deltas[j] * us[j])[None, :] * Bs[j][:, None]
-            if OUTPUTS:
-                out = tl.sum(h * Cs[j][:, None], 0) + skip * us[j]
-                tl.store(y + t * channels + c, out.to(y.dtype.element_ty), live & (t < count))
-            else:
-                total += deltas[j]
+                out += tl.load(C + t * C_row + n).to(tl.float32) * h
+            new = new + (h,)
+        hs = new
+        if OUTPUTS:
+            tl.store(y + t * channels + c, out.to(y.dtype.element_ty), live)
     if not OUTPUTS:
-        tl.store(local + chunk * N * channels + at, h, tile)
+        for n in tl.static_range(N):
+            tl.store(local + (chunk * N + n) * channels + c, hs[n], live)
         tl.store(elapsed + chunk * channels + c, total, live)
 
 
@@ -298,6 +298,7 @@ def gradients(
         d_logs = d_logs + (tl.zeros((BC,), tl.float32),)
         d_xs = d_xs + (tl.zeros((BC,), tl.float32),)
     d_gain = tl.zeros((BC,), tl.float32)
+    lost = tl.zeros((BC,), tl.float32)
     for n in range(N):
         A2 = _decay(A_log, c * N + n, live)
         g = tl.load(entry + (slot * N + n) * channels + c, live, other=0.0)
@@ -317,6 +318,7 @@ def gradients(
             z = a * z
             tl.store(d_C + (block * tokens + t) * N + n, tl.sum((total * g + z) * ws[j], 0), t < end)
         d_A = tl.zeros((BC,), tl.float32)
+        share = tl.zeros((BC,), tl.float32)
         new_logs = ()
         new_xs = ()
         for i in tl.static_range(CHUNK):
@@ -331,11 +333,15 @@ def gradients(
             d_A += deltas[CHUNK - 1 - i] * d_log
             new_logs = (d_logs[CHUNK - 1 - i] + A2 * d_log,) + new_logs
             new_xs = (d_xs[CHUNK - 1 - i] + b * nu,) + new_xs
-            d_gain += lam * (x * b)
+            share += lam * (x * b)
             rho = a * lam
             mu = a * mu
         d_logs = new_logs
         d_xs = new_xs
+        share -= lost  # compensated: a sum of many large terms of both signs
+        sum_ = d_gain + share
+        lost = (sum_ - d_gain) - share
+        d_gain = sum_
         tl.store(d_A_log + (slot * N + n) * channels + c, d_A * (A2 * LN2), live)
     skip = tl.load(D + c, live, other=0.0)
     bias = tl.load(dt_bias + c, live, other=0.0)

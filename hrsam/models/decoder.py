@@ -150,7 +150,8 @@ class MaskDecoder(nn.Module):
         # (…, h·w cells, 4 children, 4 grandchildren) -> rows (h, first, second), columns likewise
         logits = logits.unflatten(2, (rows, cols)).unflatten(4, (2, 2)).unflatten(6, (2, 2))
         logits = logits.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, len(masks), 4 * rows, 4 * cols)
-        return logits, self.iou_prediction_head(tokens[:, 0])[:, list(masks)]
+        iou = self.iou_prediction_head(tokens[:, 0])
+        return logits, torch.stack([iou[:, m] for m in masks], dim=1)
 
     def _upscale(self, source: Tensor) -> Tensor:
         """(B, h·w, C) -> (B, h·w, 4, 4, C / 8): each cell's 2×2 children and their 2×2 children, row-major."""

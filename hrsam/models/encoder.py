@@ -159,11 +159,10 @@ class Encoder(nn.Module):
             scales.append(
                 pixels if (height, width) == size else F.interpolate(pixels, size, mode="bilinear", align_corners=False)
             )
-        tokens, grids = [], []
-        for scale in scales:
-            patches = self.patch_embed(scale)
-            grids.append((patches.shape[2], patches.shape[3]))
-            tokens.append(patches.flatten(2).transpose(1, 2) + self._positions(grids[-1]))
+        grids = [(scale.shape[2] // self.config.patch, scale.shape[3] // self.config.patch) for scale in scales]
+        tokens = [
+            patch_tokens(scale, self.patch_embed) + self._positions(grid) for scale, grid in zip(scales, grids)
+        ]  # fmt: skip
         owners = tuple(image for image in range(count) for _ in grids)
         return torch.cat(tokens, dim=1).flatten(0, 1), Layout(tuple(grids) * count, owners)
 
@@ -206,7 +205,8 @@ class Encoder(nn.Module):
         assert fused is not None
         out = []
         for part in fused:
-            out.append(self.out_norm(depthwise_3x3(part, self.out_conv)).permute(0, 3, 1, 2))
+            part = self.out_conv(part.permute(0, 3, 1, 2))
+            out.append(self.out_norm(part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return out
 
     def _lateral(self, stage: int, x: Tensor, layout: Layout, merge: bool) -> list[Tensor]:
@@ -226,19 +226,17 @@ class Encoder(nn.Module):
         return maps
 
 
-def depthwise_3x3(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A depthwise 3×3 convolution of (n, h, w, C), zero-padded.
+def patch_tokens(pixels: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``conv``'s patches of (B, 3, H, W) as tokens (B, h·w, C).
 
-    On a GPU as nine shifted products, which a compiler fuses into one pass; the library's kernel for channel-last 16-bit
-    maps takes thirty times as long.
+    On a GPU as one matrix product: the library's kernel for 16-bit convolutions with such strides takes ten times as long.
     """
-    if not x.is_cuda:
-        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    rows, cols = x.shape[1:3]
-    padded = F.pad(x, (0, 0, 1, 1, 1, 1)).float()
-    weight = conv.weight.float()
-    shifts = [(i, j) for i in range(3) for j in range(3)]
-    return sum(padded[:, i : i + rows, j : j + cols] * weight[:, 0, i, j] for i, j in shifts).to(x.dtype)
+    if not pixels.is_cuda:
+        return conv(pixels).flatten(2).transpose(1, 2)
+    patch = conv.weight.shape[-1]
+    cells = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, 3, h, p, w, p)
+    cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return F.linear(cells, conv.weight.flatten(1), conv.bias)
 
 
 def _init_linear(module: nn.Module) -> None:
