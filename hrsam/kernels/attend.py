@@ -43,7 +43,7 @@ def tiles(head_dim: int, dtype: torch.dtype, backward: bool = False, window: boo
             return Tiles(64, 64, 4, 2)
         return Tiles(64, 32, 4, 1) if head_dim <= 128 else Tiles(32, 32, 4, 1)
     if head_dim <= 64:
-        return Tiles(64, 128, 4, 1) if window else Tiles(128, 64, 8, 3)
+        return Tiles(64, 64, 4, 1) if window else Tiles(128, 64, 8, 3)
     return Tiles(128, 64, 8, 2) if head_dim <= 128 else Tiles(64, 32, 4, 2)
 
 
@@ -111,7 +111,7 @@ def forward(inputs: Inputs, plan: Any, scale: float, warps: int, stages: int) ->
                 del constants[name]
             programs.attend_groups[x.q.shape[1], len(plan.groups)](
                 *pointers[:3], *pointers[4:], out, lse, *_tables(plan), plan.groups, base2,
-                **constants, MASKED=plan.gaps or plan.labelled, TWO=plan.group_keys == 2, num_warps=warps, num_stages=1,
+                **constants, MASKED=plan.gaps or plan.labelled, KEYS=plan.group_keys, num_warps=warps, num_stages=1,
             )  # fmt: skip
             return out, lse
         programs.attend[len(plan.q_tokens), x.q.shape[1]](

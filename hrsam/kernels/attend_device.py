@@ -112,6 +112,31 @@ def _labels(table, tile, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _join(scores, values, m, total, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile's scores and values join the running maximum, sum and output."""
+    higher = tl.maximum(m, tl.max(scores, 1) * scale)  # scale is positive
+    safe = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
+    weights = tl.exp2(scores * scale - safe[:, None])
+    shrink = tl.exp2(m - safe)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+    return higher, total, acc
+
+
+@triton.jit
+def _finish(
+    out, lse, tokens, m, total, acc, heads: tl.constexpr, head, BM: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr
+):
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    real = tokens >= 0
+    row = tokens.to(tl.int64) * heads + head
+    d = tl.arange(0, DVP)
+    tl.store(out + row[:, None] * DV + d[None, :], acc.to(out.dtype.element_ty), real[:, None] & (d < DV)[None, :])
+    tl.store(lse + row, tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * LN2), real)
+
+
+@triton.jit
 def _visit(
     tile, qa, qb, q_label, m, total, acc,
     k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, bias_row, scale,
@@ -132,16 +157,10 @@ def _visit(
         if LABELS:
             allowed = allowed & (q_label[:, None] == _labels(k_labels, tile, BN)[None, :])
         scores = tl.where(allowed, scores, -float("inf"))
-    higher = tl.maximum(m, tl.max(scores, 1) * scale)  # scale is positive
-    safe = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
-    weights = tl.exp2(scores * scale - safe[:, None])
-    shrink = tl.exp2(m - safe)
-    total = total * shrink + tl.sum(weights, 1)
     values = _rows(v, tokens, v_row, DV, DVP, MASKED)
     if PAD and MASKED:
         values = _with_padding(values, tokens, pad_v, DV, DVP)
-    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-    return higher, total, acc
+    return _join(scores, values, m, total, acc, scale, MASKED, PRECISION)
 
 
 @triton.jit
@@ -180,21 +199,7 @@ def attend(
             k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
             D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, True, PRECISION,
         )  # fmt: skip
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    real = tokens >= 0
-    row = tokens.to(tl.int64) * heads + head
-    d = tl.arange(0, DVP)
-    tl.store(out + row[:, None] * DV + d[None, :], acc.to(out.dtype.element_ty), real[:, None] & (d < DV)[None, :])
-    tl.store(lse + row, tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * LN2), real)
-
-
-@triton.jit
-def _allowed(tokens, q_label, labels, tile, SIZE: tl.constexpr, LABELS: tl.constexpr):
-    allowed = (tokens > -2)[None, :]
-    if LABELS:
-        allowed = allowed & (q_label[:, None] == _labels(labels, tile, SIZE)[None, :])
-    return allowed
+    _finish(out, lse, tokens, m, total, acc, heads, head, BM, DV, DVP)
 
 
 @triton.jit
@@ -204,11 +209,11 @@ def attend_groups(
     q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
     v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    ROPE: tl.constexpr, PAD: tl.constexpr, LABELS: tl.constexpr, MASKED: tl.constexpr, TWO: tl.constexpr,
+    ROPE: tl.constexpr, PAD: tl.constexpr, LABELS: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`attend` where neighbouring query tiles read the same one or two (``TWO``) key tiles and nothing else does:
-    keys are fetched and rotated once and stay, and the softmax needs no second look."""
+    """As :func:`attend` where neighbouring query tiles read the same ``KEYS`` key tiles, which nothing else reads: keys are
+    fetched and rotated once and stay in shared memory."""
     head, group = tl.program_id(0), tl.program_id(1)  # heads of a row lie side by side in memory
     first, count = tl.load(groups + 3 * group), tl.load(groups + 3 * group + 1)
     key_tile = tl.load(groups + 3 * group + 2)
@@ -218,48 +223,36 @@ def attend_groups(
     pad_k += head // GROUP * D
     pad_v += head // GROUP * DV
     GAPS: tl.constexpr = PAD or MASKED
-    k_tok = _tokens(k_tokens, key_tile, BN, False, False)
-    ka, kb = _halves(k, k_tok, k_row, pad_k, cos, sin, k_places, key_tile, BN, D, DP, ROPE, GAPS, PAD)
-    values = _rows(v, k_tok, v_row, DV, DVP, GAPS)
-    if PAD:
-        values = _with_padding(values, k_tok, pad_v, DV, DVP)
-    if TWO:
-        k_tok2 = _tokens(k_tokens, key_tile + 1, BN, False, False)
-        ka2, kb2 = _halves(k, k_tok2, k_row, pad_k, cos, sin, k_places, key_tile + 1, BN, D, DP, ROPE, GAPS, PAD)
-        values2 = _rows(v, k_tok2, v_row, DV, DVP, GAPS)
+    k_toks = ()
+    kas = ()
+    kbs = ()
+    all_values = ()
+    for j in tl.static_range(KEYS):
+        k_tok = _tokens(k_tokens, key_tile + j, BN, False, False)
+        ka, kb = _halves(k, k_tok, k_row, pad_k, cos, sin, k_places, key_tile + j, BN, D, DP, ROPE, GAPS, PAD)
+        values = _rows(v, k_tok, v_row, DV, DVP, GAPS)
         if PAD:
-            values2 = _with_padding(values2, k_tok2, pad_v, DV, DVP)
-    d = tl.arange(0, DVP)
+            values = _with_padding(values, k_tok, pad_v, DV, DVP)
+        k_toks = k_toks + (k_tok,)
+        kas = kas + (ka,)
+        kbs = kbs + (kb,)
+        all_values = all_values + (values,)
     for tile in range(first, first + count):
         tokens = _tokens(q_tokens, tile, BM, False, False)
         qa, qb = _halves(q, tokens, q_row, pad_k, cos, sin, q_places, tile, BM, D, DP, ROPE, True, False)
         q_label = _labels(q_labels, tile, BM) if LABELS else tokens
-        scores = _product(qa, qb, ka, kb, ROPE, PRECISION)
-        if MASKED:
-            allowed = _allowed(k_tok, q_label, k_labels, key_tile, BN, LABELS)
-            scores = tl.where(allowed, scores, -float("inf"))
-        level = tl.max(scores, 1)
-        if TWO:
-            scores2 = _product(qa, qb, ka2, kb2, ROPE, PRECISION)
+        m = tl.full((BM,), -float("inf"), tl.float32)
+        total = tl.zeros((BM,), tl.float32)
+        acc = tl.zeros((BM, DVP), tl.float32)
+        for j in tl.static_range(KEYS):
+            scores = _product(qa, qb, kas[j], kbs[j], ROPE, PRECISION)
             if MASKED:
-                allowed2 = _allowed(k_tok2, q_label, k_labels, key_tile + 1, BN, LABELS)
-                scores2 = tl.where(allowed2, scores2, -float("inf"))
-            level = tl.maximum(level, tl.max(scores2, 1))
-        level = level * scale  # scale is positive
-        safe = tl.where(level == -float("inf"), 0.0, level) if MASKED else level
-        weights = tl.exp2(scores * scale - safe[:, None])
-        total = tl.sum(weights, 1)
-        acc = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-        if TWO:
-            weights2 = tl.exp2(scores2 * scale - safe[:, None])
-            total += tl.sum(weights2, 1)
-            acc = tl.dot(weights2.to(values.dtype), values2, acc, input_precision=PRECISION)
-        empty = total == 0.0
-        acc = acc / tl.where(empty, 1.0, total)[:, None]
-        real = tokens >= 0
-        row = tokens.to(tl.int64) * heads + head
-        tl.store(out + row[:, None] * DV + d[None, :], acc.to(out.dtype.element_ty), real[:, None] & (d < DV)[None, :])
-        tl.store(lse + row, tl.where(empty, -float("inf"), (level + tl.log2(tl.where(empty, 1.0, total))) * LN2), real)
+                allowed = (k_toks[j] > -2)[None, :]
+                if LABELS:
+                    allowed = allowed & (q_label[:, None] == _labels(k_labels, key_tile + j, BN)[None, :])
+                scores = tl.where(allowed, scores, -float("inf"))
+            m, total, acc = _join(scores, all_values[j], m, total, acc, scale, MASKED, PRECISION)
+        _finish(out, lse, tokens, m, total, acc, heads, head, BM, DV, DVP)
 
 
 @triton.jit

@@ -59,28 +59,27 @@ def _sizes(channels: int, states: int, cycles: int) -> dict[str, int]:
     return {"channels": channels, "N": states, "R": cycles}
 
 
-def _states(u, r, B, C, dt_bias, A_log, D, gamma, chunks, first_chunk, sizes):
-    """F1 and F2: ``entry``, ``prefix``, ``elapsed`` and ``closing`` for the chunks of a table."""
+def _states(inputs, first_chunk, sizes):
+    """F1 and F2: end states of chunks, ``entry``, ``prefix``, ``elapsed`` and ``closing`` for the chunks of a table."""
+    A_log, gamma, chunks, device = inputs[5], inputs[7], inputs[8], inputs[0].device
     channels, states, sequences = sizes["channels"], sizes["N"], len(first_chunk) - 1
     slots = len(chunks) + sequences
     shapes = (len(chunks), states, channels), (slots, states, channels), (slots, channels), (len(chunks), channels)
     local, entry, prefix, elapsed, closing = (
-        torch.empty(s, dtype=torch.float32, device=u.device) for s in (*shapes, (sequences, states, channels))
+        torch.empty(s, dtype=torch.float32, device=device) for s in (*shapes, (sequences, states, channels))
     )
-    _scan_chunks(u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, u, sizes, False)
+    _scan_chunks(inputs, local, elapsed, inputs[0], sizes, False)
     programs.chain_states[sequences, triton.cdiv(channels, CHAIN_LANES)](
         local, elapsed, A_log, gamma, first_chunk, entry, prefix, closing, **sizes, **_chain(states)
     )
-    return entry, prefix, elapsed, closing
+    return local, entry, prefix, elapsed, closing
 
 
-def _scan_chunks(
-    u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, y, sizes, outputs
-):
-    programs.scan_chunks[triton.cdiv(sizes["channels"], SCAN_LANES), len(chunks)](
-        u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
-        u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes, BC=SCAN_LANES,
-        OUTPUTS=outputs, num_warps=1,
+def _scan_chunks(inputs, states, elapsed, y, sizes, outputs):
+    u, r, B, C = inputs[:4]
+    programs.scan_chunks[triton.cdiv(sizes["channels"], SCAN_LANES), len(inputs[8])](
+        *inputs, states, elapsed, y, u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes,
+        BC=SCAN_LANES, OUTPUTS=outputs, num_warps=1,
     )  # fmt: skip
 
 
@@ -101,8 +100,12 @@ def _forward(
     inputs = u, r, B, C, dt_bias, A_log, D, gamma, chunks
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     with torch.cuda.device_of(u):
-        entry, prefix, elapsed, closing = _states(*inputs, first_chunk, sizes)
-        _scan_chunks(*inputs, entry, elapsed, entry, prefix, closing, y, sizes, True)
+        states, entry, prefix, elapsed, closing = _states(inputs, first_chunk, sizes)
+        programs.enter_chunks[triton.cdiv(A_log.shape[0], LANES), len(chunks)](
+            A_log, gamma, chunks, entry, prefix, closing, states, **sizes, NP=triton.next_power_of_2(A_log.shape[1]),
+            BC=LANES, num_warps=2,
+        )  # fmt: skip
+        _scan_chunks(inputs, states, elapsed, y, sizes, True)
     return y
 
 
@@ -130,9 +133,8 @@ def _backward(
     sizes = {"channels": channels, "N": states, "CHUNK": CHUNK, "BC": LANES, "num_warps": 1}
     grid, chain_grid = (len(chunks), blocks), (sequences, triton.cdiv(channels, CHAIN_LANES))
     with torch.cuda.device_of(u):
-        entry, prefix, elapsed, closing = _states(
-            u, r, B, C, dt_bias, A_log, D, gamma, chunks, first_chunk, shared
-        )  # fmt: skip
+        inputs = u, r, B, C, dt_bias, A_log, D, gamma, chunks
+        _, entry, prefix, elapsed, closing = _states(inputs, first_chunk, shared)
         local, leave = empty(len(chunks), states, channels), empty(len(chunks), states, channels)
         suffix, d_last = torch.empty_like(elapsed), torch.empty_like(closing)
         d_delta, d_gamma = empty(sequences, channels), empty(sequences, cycles, channels)

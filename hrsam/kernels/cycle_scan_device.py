@@ -87,12 +87,12 @@ def _place(chunks, channels: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def scan_chunks(
-    u, r, B, C, dt_bias, A_log, D, gamma, chunks, local, elapsed, entry, prefix, closing, y,
+    u, r, B, C, dt_bias, A_log, D, gamma, chunks, states, elapsed, y,
     u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, channels: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """F1, chunks of any length: ``local`` (chunks, N, Ch), the end state from zero, and ``elapsed`` (chunks, Ch), the sum
-    of Δ.  With ``OUTPUTS`` F3: ``y`` (T, Ch).
+    """F1, chunks of any length: ``states`` (chunks, N, Ch) gets the end state from zero, ``elapsed`` (chunks, Ch) the sum of
+    Δ.  With ``OUTPUTS`` F3: from the states that chunks are entered with to ``y`` (T, Ch).
 
     A lane is two channels and holds their states in registers, tokens follow one another.  One power a state and token is
     what takes time here; nothing crosses lanes, and what a state needs of B and C serves both channels.
@@ -100,8 +100,6 @@ def scan_chunks(
     chunk = tl.program_id(1).to(tl.int64)
     first = tl.load(chunks + 3 * chunk)
     count = tl.load(chunks + 3 * chunk + 1) - first
-    sequence = tl.load(chunks + 3 * chunk + 2).to(tl.int64)
-    slot = chunk + sequence
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     live = c < channels
     row = first.to(tl.int64)
@@ -114,17 +112,13 @@ def scan_chunks(
     if OUTPUTS:
         gain = _total(gamma, c, live, R)
         skip = tl.load(D + c, live, other=0.0)
-        before = tl.load(prefix + slot * channels + c, live, other=0.0)
     total = tl.zeros((BC,), tl.float32)
     rates = ()
     hs = ()
     for n in tl.static_range(N):
-        A2 = _decay(A_log, c * N + n, live)
-        rates = rates + (A2,)
+        rates = rates + (_decay(A_log, c * N + n, live),)
         if OUTPUTS:
-            g = tl.load(entry + (slot * N + n) * channels + c, live, other=0.0)
-            S = tl.load(closing + (sequence * N + n) * channels + c, live, other=0.0)
-            hs = hs + (gain * g + tl.exp2(before * A2) * S,)
+            hs = hs + (tl.load(states + (chunk * N + n) * channels + c, live, other=0.0),)
         else:
             hs = hs + (tl.zeros((BC,), tl.float32),)
     u_next = tl.load(u + c, live, other=0.0)  # one token ahead
@@ -151,8 +145,30 @@ def scan_chunks(
             tl.store(y + t * channels + c, out.to(y.dtype.element_ty), live)
     if not OUTPUTS:
         for n in tl.static_range(N):
-            tl.store(local + (chunk * N + n) * channels + c, hs[n], live)
+            tl.store(states + (chunk * N + n) * channels + c, hs[n], live)
         tl.store(elapsed + chunk * channels + c, total, live)
+
+
+@triton.jit
+def enter_chunks(
+    A_log, gamma, chunks, entry, prefix, closing, states,
+    channels: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Between F2 and F3: ``states`` (chunks, N, Ch) gets the state ``H`` that each chunk is entered with."""
+    chunk = tl.program_id(1).to(tl.int64)
+    sequence = tl.load(chunks + 3 * chunk + 2).to(tl.int64)
+    slot = chunk + sequence
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    n = tl.arange(0, NP)
+    live = c < channels
+    tile = (n < N)[:, None] & live[None, :]
+    at = n[:, None] * channels + c[None, :]
+    A2 = _decay(A_log, n[:, None] + c[None, :] * N, tile)
+    gain = _total(gamma, c, live, R)
+    before = tl.load(prefix + slot * channels + c, live, other=0.0)
+    S = tl.load(closing + sequence * N * channels + at, tile, other=0.0)
+    g = tl.load(entry + slot * N * channels + at, tile, other=0.0)
+    tl.store(states + chunk * N * channels + at, gain[None, :] * g + tl.exp2(before[None, :] * A2) * S, tile)
 
 
 @triton.jit

@@ -44,8 +44,8 @@ class Plan:
     ``k_labels`` likewise; one element where they are not used.  ``lists``: pointer and index arrays of FULL and PARTIAL key
     tiles of each query tile; ``transposed``: of query tiles of each key tile.  ``tokens``: length T of the sequence;
     ``covers``: every token is a query and a key; ``padded``, ``gaps``: some key slot holds −1, −2.  ``groups`` (groups, 3):
-    first query tile, count and first key tile, where neighbouring query tiles read the same ``group_keys`` key tiles, one
-    or two, and nothing else; no rows otherwise.
+    first query tile, count and first key tile, where neighbouring query tiles read the same ``group_keys`` key tiles, at
+    most four, and nothing else; no rows otherwise.
     """
 
     tile_q: int
@@ -145,11 +145,11 @@ def unrolled(runs: Tensor, tile: int) -> Tensor:
 
 
 def _groups(full, partial, key_tiles: int) -> tuple[list[tuple[int, int, int]], int]:
-    """Runs of query tiles that read the same one or two neighbouring key tiles, if all do and none shares with another."""
+    """Runs of query tiles that read the same few neighbouring key tiles, if all do and none shares with another."""
     groups: list[tuple[int, int, int]] = []
     reads = [sorted([*a, *b]) for a, b in zip(full, partial)]
     size = len(reads[0])
-    if size not in (1, 2) or any(len(r) != size or r[-1] - r[0] != size - 1 for r in reads):
+    if not 1 <= size <= 4 or any(len(r) != size or r[-1] - r[0] != size - 1 for r in reads):
         return [], 0
     for tile, read in enumerate(reads):
         if groups and groups[-1][2] == read[0]:
