@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrsam.models.prompt import ChannelNorm
+from hrsam.ops.cross import cross_attention
 
 
 class ProjectedAttention(nn.Module):
@@ -22,6 +23,7 @@ class ProjectedAttention(nn.Module):
     def __init__(self, width: int, heads: int, downsample: int = 1):
         super().__init__()
         self.heads = heads
+        self.split = False  # few queries to many keys: in parts side by side, for inference
         inner = width // downsample
         self.q_proj = nn.Linear(width, inner)
         self.k_proj = nn.Linear(width, inner)
@@ -34,7 +36,10 @@ class ProjectedAttention(nn.Module):
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if self.split and mask is None:
+            out = cross_attention(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -86,8 +91,11 @@ class TwoWayLayer(nn.Module):
         image_keys = image + image_pe
         tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image_keys, image))
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.norm4(image + self.cross_attn_image_to_token(image_keys, tokens + token_pe, tokens, mask))
+        image = self.update_image(image, self.cross_attn_image_to_token(image_keys, tokens + token_pe, tokens, mask))
         return tokens, image
+
+    def update_image(self, image: Tensor, update: Tensor) -> Tensor:
+        return self.norm4(image + update)
 
 
 class TwoWayTransformer(nn.Module):
@@ -146,12 +154,16 @@ class MaskDecoder(nn.Module):
         mask = None if real is None else F.pad(real, (output.shape[0], 0), value=True).view(batch, 1, 1, -1)
         tokens, source = self.transformer(tokens, source, image_pe.flatten(2).transpose(1, 2), mask)
         hyper = torch.stack([self.output_hypernetworks_mlps[m](tokens[:, 1 + m]) for m in masks], dim=1)
+        logits = self.mask_logits(source, hyper, rows, cols)
+        iou = self.iou_prediction_head(tokens[:, 0])
+        return logits, torch.stack([iou[:, m] for m in masks], dim=1)
+
+    def mask_logits(self, source: Tensor, hyper: Tensor, rows: int, cols: int) -> Tensor:
+        """``source`` (B, h·w, C) and ``hyper`` (B, masks, C / 8) -> (B, masks, 4h, 4w)."""
         logits = torch.einsum("bmc,bpuvc->bmpuv", hyper, self._upscale(source))
         # (…, h·w cells, 4 children, 4 grandchildren) -> rows (h, first, second), columns likewise
         logits = logits.unflatten(2, (rows, cols)).unflatten(4, (2, 2)).unflatten(6, (2, 2))
-        logits = logits.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(batch, len(masks), 4 * rows, 4 * cols)
-        iou = self.iou_prediction_head(tokens[:, 0])
-        return logits, torch.stack([iou[:, m] for m in masks], dim=1)
+        return logits.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*logits.shape[:2], 4 * rows, 4 * cols)
 
     def _upscale(self, source: Tensor) -> Tensor:
         """(B, h·w, C) -> (B, h·w, 4, 4, C / 8): each cell's 2×2 children and their 2×2 children, row-major."""

@@ -50,6 +50,7 @@ class Encoder(nn.Module):
         width, stages = config.width, len(config.scan_at)
         self.anchor_side = config.anchor_side
         self.frozen_positions: dict[tuple[int, int], Tensor] = {}
+        self.frozen_resize: dict[tuple[int, int], Tensor] = {}
         self.frozen_dtype: torch.dtype | None = None
         self.patch_embed = nn.Conv2d(3, width, config.patch, config.patch)
         # One class slot in front, as in the MAE weights it starts from; it is never used.
@@ -84,10 +85,10 @@ class Encoder(nn.Module):
 
         Tokens stay in ``dtype`` from block to block; norms, scans and what autocast leaves alone compute in float32.  What
         depends on weights alone is computed once: keys and values of padding tokens, and the position embedding of each
-        grid that :meth:`remember` was called with.
+        grid and the enlargement of the anchor map that :meth:`remember` was called with.
         """
         copy = deepcopy(self).eval().requires_grad_(False)
-        copy.frozen_positions = {}
+        copy.frozen_positions, copy.frozen_resize = {}, {}
         copy.frozen_dtype = dtype
         for module in copy.modules():
             if isinstance(module, Attention):
@@ -98,10 +99,16 @@ class Encoder(nn.Module):
         return copy
 
     @torch.no_grad()
-    def remember(self, grid: tuple[int, int]) -> None:
-        """Compute the position embedding of a grid now; for a frozen encoder."""
-        if grid not in self.frozen_positions:
-            self.frozen_positions[grid] = self._positions(grid).to(self.frozen_dtype)
+    def remember(self, grids: Sequence[tuple[int, int]]) -> None:
+        """Compute what depends on an image's token grids alone; for a frozen encoder."""
+        for grid in grids:
+            if grid not in self.frozen_positions:
+                self.frozen_positions[grid] = self._positions(grid).to(self.frozen_dtype)
+        for small, large in zip(grids[-1], grids[0]):
+            if (small, large) not in self.frozen_resize:
+                one = torch.eye(small, device=self.pos_embed.device).unsqueeze(0)
+                table = F.interpolate(one, large, mode="linear", align_corners=False)[0].t()
+                self.frozen_resize[small, large] = table.contiguous().to(self.frozen_dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``pixels`` (B, 3, H, W) normalised, H and W multiples of the patch -> (B, out_channels, H/16, W/16).
@@ -218,12 +225,26 @@ class Encoder(nn.Module):
             rows, cols = grids[0]
             full = tokens[:, : rows * cols].unflatten(1, (rows, cols))
             if self.anchor_side is not None:
-                anchor = tokens[:, rows * cols :].unflatten(1, grids[1]).permute(0, 3, 1, 2)
+                anchor, norm = tokens[:, rows * cols :].unflatten(1, grids[1]), self.fusion_norms[stage]
+                if self.frozen_dtype is not None:
+                    maps.append(self._frozen_lateral(stage, norm(full), norm(self._enlarged(anchor, rows, cols))))
+                    continue
+                anchor = anchor.permute(0, 3, 1, 2)
                 anchor = F.interpolate(anchor, (rows, cols), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
-                norm = self.fusion_norms[stage]
                 full = torch.cat((norm(full), norm(anchor)), dim=-1)
             maps.append(self.laterals[stage](full))
         return maps
+
+    def _enlarged(self, x: Tensor, rows: int, cols: int) -> Tensor:
+        """Bilinear enlargement of (n, h, w, C) as two matrix products: an interpolation kernel reads channel-last badly."""
+        tall = torch.einsum("ij,njkc->nikc", self.frozen_resize[x.shape[1], rows], x)
+        return torch.einsum("ij,nkjc->nkic", self.frozen_resize[x.shape[2], cols], tall)
+
+    def _frozen_lateral(self, stage: int, full: Tensor, anchor: Tensor) -> Tensor:
+        """The lateral of both maps side by side, without putting them there."""
+        linear, norm = self.laterals[stage]
+        first, second = linear.weight.split(full.shape[-1], dim=1)
+        return norm(F.linear(full, first) + F.linear(anchor, second))
 
 
 def patch_tokens(pixels: Tensor, conv: nn.Conv2d) -> Tensor:

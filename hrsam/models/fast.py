@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrsam.kernels import has_triton
+from hrsam.models.decoder import MaskDecoder
 from hrsam.models.encoder import Encoder
-from hrsam.models.prompt import NOBODY
+from hrsam.models.prompt import NOBODY, PromptEncoder
 
 KEPT = 8  # graphs of one function, the least recently used is dropped; each holds the memory of its activations
 
@@ -86,8 +88,7 @@ class FastEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """As :meth:`Encoder.forward`; features in the encoder's precision."""
         self.encoder.check(pixels)
-        for grid in self.encoder.grids(pixels.shape[2], pixels.shape[3]):
-            self.encoder.remember(grid)
+        self.encoder.remember(self.encoder.grids(pixels.shape[2], pixels.shape[3]))
         return self._run(pixels)
 
     def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -97,6 +98,16 @@ class FastEncoder(nn.Module):
         return [self(image.unsqueeze(0))[0] for image in images]
 
 
+def _normed_sum(norm: nn.LayerNorm, dtype: torch.dtype, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """LayerNorm of a sum, computed in float32, in one pass where it is compiled."""
+
+    def run(image: Tensor, update: Tensor) -> Tensor:
+        total = image.float() + update.float()
+        return F.layer_norm(total, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(dtype)
+
+    return torch.compile(run, dynamic=False) if compiled else run
+
+
 class FastDecoder:
     """Prompt encoder and mask decoder for inference, called as ``HRSAM.decode_prompts``.
 
@@ -104,19 +115,37 @@ class FastDecoder:
     clicks.
     """
 
-    def __init__(self, prompts: nn.Module, decoder: nn.Module, dtype: torch.dtype, graphs: bool):
+    def __init__(self, prompts: PromptEncoder, decoder: MaskDecoder, dtype: torch.dtype, compiled: bool, graphs: bool):
         self.prompts, self.decoder = (deepcopy(part).eval().requires_grad_(False) for part in (prompts, decoder))
         for module in self.decoder.modules():
             if isinstance(module, (nn.Linear, nn.ConvTranspose2d)):
                 module.to(dtype)
         self.dtype = dtype
+        cuda = prompts.no_mask_embed.weight.is_cuda
+        layers = self.decoder.transformer.layers
+        for layer in layers:
+            layer.update_image = _normed_sum(layer.norm4, dtype, compiled)
+        for attention in (
+            *(layer.cross_attn_token_to_image for layer in layers),
+            self.decoder.transformer.final_attn_token_to_image,
+        ):
+            attention.split = cuda and has_triton()
+        self._dense = self.prompts.dense
+        if compiled:  # what is done for every cell of the image; few prompt tokens gain nothing
+            self._dense = torch.compile(self.prompts.dense, dynamic=False)
+            self.decoder.mask_logits = torch.compile(self.decoder.mask_logits, dynamic=False)
         self._run = Graphed(self._decode, 2 * KEPT) if graphs else torch.no_grad()(self._decode)
+
+    @torch.no_grad()
+    def dense_positions(self, grid: tuple[int, int]) -> Tensor:
+        return self.prompts.dense_positions(grid).to(self.dtype)
 
     def _decode(self, features, positions, points, labels, previous, masks):
         size = 16 * features.shape[2], 16 * features.shape[3]
         with torch.autocast(features.device.type, self.dtype, enabled=self.dtype != torch.float32):
             sparse = self.prompts.sparse(points, labels, size)
-            dense = self.prompts.dense(previous, len(points), tuple(features.shape[2:]))
+            dense = self._dense(previous, len(points), tuple(features.shape[2:])).to(self.dtype)
+            features, positions = features.to(self.dtype), positions.to(self.dtype)
             logits, iou = self.decoder(features, positions, sparse, dense, masks, labels != NOBODY)
         return logits.float(), iou.float()
 
@@ -139,6 +168,6 @@ def optimized(model: Any, dtype: torch.dtype, compiled: bool, graphs: bool, mode
     fast._modules = dict(model._modules)
     fast.encoder = FastEncoder(model.encoder, dtype, compiled, graphs, mode)
     if model.config.decoder:
-        fast.dense_positions = cache(torch.no_grad()(model.prompt_encoder.dense_positions))
-        fast.decode_prompts = FastDecoder(model.prompt_encoder, model.mask_decoder, dtype, graphs)
+        fast.decode_prompts = FastDecoder(model.prompt_encoder, model.mask_decoder, dtype, compiled, graphs)
+        fast.dense_positions = cache(fast.decode_prompts.dense_positions)
     return fast
