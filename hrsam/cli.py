@@ -110,6 +110,10 @@ def evaluate(
     device: Device = "auto",
     processes: Annotated[int, typer.Option(min=0, max=1024, help="0: one a core on a CPU, one on a GPU.")] = 0,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Of each process; may change the last bits.")] = 1,
+    batch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, max=1024, help="Samples played in step; usually 8 on a GPU, 1 on a CPU."),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare the report.json files named as arguments.")
     ] = False,
@@ -137,11 +141,36 @@ def evaluate(
         dataset, str(root), str(out), method=method, model=model, side=side, device=_device(device),
         protocol=run.choose_protocol(protocol, clicks=clicks, ties=ties, seed=seed), tie_seeds=tie_seeds,
         replay=None if replay is None else str(replay), on_error=on_error, limit=limit, processes=processes,
-        threads=threads, command=shlex.join(["hrsam", *sys.argv[1:]]),
+        threads=threads, batch=batch, command=shlex.join(["hrsam", *sys.argv[1:]]),
     )  # fmt: skip
     if report := run.evaluate(what, say=lambda line: typer.echo(line, err=True), progress=sys.stderr.isatty()):
         typer.echo(table(report))
         typer.echo(f"written: {out}/report.html, report.md, report.json, traces.jsonl")
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="encoder, train-step, click, scan or attention.")],
+    out: Annotated[Optional[Path], typer.Option("--out", help="JSON report; folders are made.")] = None,  # noqa: UP045
+    device: Device = "auto",
+    dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16 or float32.")] = None,  # noqa: UP045
+    side: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(min=16, max=16384, help="Side of the picture in pixels; repeatable."),
+    ] = None,
+    preset: Annotated[Optional[list[str]], typer.Option(help="Architecture; repeatable.")] = None,  # noqa: UP045
+    peers: Annotated[bool, typer.Option("--peers", help="encoder: SAM's own ViT-B beside ours.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it runs.")] = False,
+) -> None:
+    """How fast, and beside what?  Checks every result before it is timed:  hrsam bench encoder --out encoder.json"""
+    from hrsam.bench import command
+
+    report = command.run(
+        what, out, device=_device(device), dtype=dtype, sides=side, presets=preset, peers=peers, quick=quick
+    )
+    command.show(report)
+    if out is not None:
+        typer.echo(f"written: {out}")
 
 
 @app.command()

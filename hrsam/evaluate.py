@@ -19,14 +19,17 @@ from hrsam.baselines import BASELINES, build_baseline
 from hrsam.checkpoint import write_atomically
 from hrsam.data.datasets import DATASETS, Dataset, Problem, check, open_dataset
 from hrsam.doctor import versions
-from hrsam.evaluation import PROTOCOLS, ModelSegmenter, Protocol, Segmenter, seeded, summary
+from hrsam.evaluation import PROTOCOLS, Protocol, seeded, summary
 from hrsam.playing import play_all, rank, world
 from hrsam.report import FORMAT, Case, compare, draw_case, markdown, page, read_report, worst
+from hrsam.segmenters import ModelSegmenter, Segmenter
 from hrsam.traces import Trace, read_traces, traces_hash, write_traces
 from hrsam.weightfile import sha256
 from hrsam.weights import load, locate
 
 Say = Callable[[str], None]
+BATCH_CUDA, MAX_BATCH = 8, 1024
+"""Samples played in step on a GPU unless another number is given, and the largest such number."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Evaluation:
     ``tie_seeds``: play that many more times with ties drawn from seeds 0, 1, …, for the spread.  ``replay``: a
     ``traces.jsonl`` whose clicks are made instead of the simulated user's.  ``on_error``: ``"stop"`` or ``"skip"`` when
     something of the data set cannot be used.  ``limit``: only the first so many objects.  ``processes``: 0 for one a core
-    on a CPU and one on a GPU; ``threads`` of each.
+    on a CPU and one on a GPU; ``threads`` of each.  ``batch``: samples a process plays in step, None for the usual 8 on a GPU
+    and 1 on a CPU; baselines take one at a time.
     """
 
     dataset: str
@@ -56,6 +60,7 @@ class Evaluation:
     limit: int | None = None
     processes: int = 0
     threads: int = 1
+    batch: int | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -65,12 +70,25 @@ class Evaluation:
             raise ValueError(f"on_error is 'stop' or 'skip'; got {self.on_error!r}")
         if self.replay is not None and self.tie_seeds:
             raise ValueError("a replay has no ties to draw; leave out either replay or tie_seeds")
+        if self.batch is not None and not 1 <= self.batch <= MAX_BATCH:
+            raise ValueError(f"a batch is 1 to {MAX_BATCH} samples; got {self.batch}")
+        if self.method != "model" and self.batch not in (None, 1):
+            raise ValueError(
+                f"the method {self.method} plays one sample at a time; leave out batch={self.batch}, or use processes"
+            )
 
     @property
     def workers(self) -> int:
         if world() > 1:
             return 1
         return self.processes or (1 if self.device.startswith("cuda") else os.cpu_count() or 1)
+
+    @property
+    def at_once(self) -> int:
+        """Samples that a process plays in step."""
+        if self.batch is not None or self.method != "model":
+            return self.batch or 1
+        return BATCH_CUDA if self.device.startswith("cuda") else 1
 
     def segmenter(self) -> Segmenter:
         """What plays, loaded."""
@@ -123,7 +141,7 @@ def evaluate(what: Evaluation, say: Say = lambda line: None, progress: bool = Fa
         said = {**head, "protocol": asdict(protocol)}
         return play_all(
             dataset, what.segmenter, protocol, said, folder,
-            given=given, processes=what.workers, threads=what.threads, progress=progress,
+            given=given, processes=what.workers, threads=what.threads, batch=what.at_once, progress=progress,
         )  # fmt: skip
 
     traces = played(what.protocol, out / "parts")
@@ -229,6 +247,11 @@ def _protocol(what: Evaluation, head: dict[str, Any]) -> dict[str, Any]:
     if what.replay is not None:
         protocol["name"] = f"replay {head['replay'][:12]} of {protocol['name']}"
         text = ["The clicks of another evaluation were made again, whatever the masks.", *text[5:]]
+    if what.at_once > 1:
+        text.append(
+            f"Up to {what.at_once} samples were played in step: the seconds of a round are divided among them, and the last "
+            "bits of a mask depend on what was played together."
+        )
     return {**protocol, "text": text}
 
 
@@ -240,6 +263,7 @@ def _machine(what: Evaluation) -> dict[str, Any]:
         "dtype": "float32" if what.method == "model" else None,
         "processes": max(what.workers, world()),
         "threads": what.threads,
+        "batch": what.at_once,
         "versions": {"python": platform.python_version(), **versions()},
     }
 

@@ -1,28 +1,27 @@
 """The simulated user's game: click on what is wrong, look at the new mask, twenty times; and what is said about it.
 
-What plays is a *segmenter*: ``start(pixels)``, then ``click(clicks)`` with all clicks so far, which answers with a mask.
+Several samples can be played in step, which suits a GPU; one sample is a batch of one.
 """
 
 from __future__ import annotations
 
-import math
+import os
 import random
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
-from typing import Protocol as Interface
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hrsam import rle
 from hrsam.clicks import RULES, Click, next_click
 from hrsam.data.sample import Sample
+from hrsam.lockstep import Stopwatch, fetch_later, next_clicks
 from hrsam.metrics import boundary_iou, failures, iou, mean_iou_after, noc, thin_part
-from hrsam.models.model import HRSAM
-from hrsam.session import EncodedPicture, encode_picture, predict_masks
+from hrsam.segmenters import BatchSegmenter, Segmenter, together
 from hrsam.traces import Trace, mask_hash
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
@@ -90,44 +89,68 @@ PROTOCOLS = {
 """``frozen``: ours, without chance.  ``hrsam``: HRSAM, FocSAM, Inter2Former.  ``ritm``: RITM, SimpleClick, SegNext."""
 
 
-class Segmenter(Interface):
-    """What plays: :class:`ModelSegmenter`, or one of :mod:`hrsam.baselines`."""
+class _Game:
+    """One sample and what was played of it."""
 
-    def start(self, pixels: np.ndarray) -> None:
-        """A new picture (H, W, 3) uint8 RGB; everything before is forgotten."""
-        ...
+    def __init__(self, sample: Sample, protocol: Protocol, given: Trace | None, device: torch.device | None):
+        if given is not None and (given.size != sample.mask.shape or len(given.clicks) < protocol.clicks):
+            raise ValueError(
+                f"the trace of {sample.name} has {len(given.clicks)} steps on {given.size}, the sample is "
+                f"{sample.mask.shape} and the protocol {protocol.clicks} clicks; give the traces of this data set and "
+                "protocol"
+            )
 
-    def click(self, clicks: Sequence[Click]) -> Any:
-        """The mask (H, W) bool after ``clicks``, all of this picture so far, the newest last.
+        def placed(mask: np.ndarray) -> Any:
+            return mask if device is None else torch.from_numpy(mask).to(device)
 
-        A NumPy array, or a tensor on the device that ``device`` names, where user and metric then work too.
-        """
-        ...
+        self.sample, self.given = sample, given
+        self.rng = random.Random(f"{protocol.seed} {sample.name}") if protocol.ties == "seeded" else None
+        self.seen_here = np.ones_like(sample.mask) if sample.ignore is None else ~sample.ignore
+        self.truth_here = sample.mask & self.seen_here
+        self.thin = thin_part(self.truth_here)
+        self.truth, self.seen = placed(self.truth_here), placed(self.seen_here)
+        self.ignore = None if sample.ignore is None else ~self.seen
+        self.mask: Any = self.truth & ~self.truth
+        self.answer = np.zeros_like(sample.mask)
+        self.made: list[Click] = []
+        self.clicks: list[tuple[float, float, int] | None] = []
+        self.ious: list[Any] = []
+        self.hashes: list[str] = []
+        self.boundary: dict[str, float] = {}
+        self.recall: dict[str, float | None] = {}
+        self.spent = {"encode": 0.0, "decode": 0.0, "user": 0.0, "metric": 0.0}
 
+    def take(self, click: Click | None, rule: str) -> bool:
+        """Take the click of this round, None when nothing is wrong; True if the answer is to be asked for."""
+        self.clicks.append(None if click is None else (click.x, click.y, int(click.positive)))
+        if click is not None:
+            self.made.append(click)
+        return click is not None or (rule == "hrsam" and bool(self.made))
 
-class ModelSegmenter:
-    """A model at input ``side``; its logits of the round before are fed back.
+    def note(self, answer: np.ndarray, last: bool) -> None:
+        """Write down what is said of the next mask."""
+        self.answer = answer
+        self.hashes.append(mask_hash(answer))
+        step = len(self.hashes)
+        if step in LOOKED_AT or last:
+            answer = answer & self.seen_here
+            self.boundary[str(step)] = boundary_iou(answer, self.truth_here)
+            self.recall[str(step)] = float((answer & self.thin).sum() / self.thin.sum()) if self.thin.any() else None
 
-    ``on_device``: masks are enlarged where the model is and stay there; None: if that is a GPU.
-    """
-
-    def __init__(self, model: HRSAM, side: int = 1024, threshold: float = 0.5, on_device: bool | None = None):
-        self.model, self.side, self.above = model, side, math.log(threshold / (1 - threshold))
-        on_device = model.device.type == "cuda" if on_device is None else on_device
-        self.device = model.device if on_device else None
-        self._picture: EncodedPicture | None = None
-        self._previous: Tensor | None = None
-
-    def start(self, pixels: np.ndarray) -> None:
-        self._picture, self._previous = encode_picture(self.model, pixels, self.side), None
-
-    def click(self, clicks: Sequence[Click]) -> np.ndarray | Tensor:
-        if self._picture is None:
-            raise ValueError("no picture is set; call start first")
-        found = predict_masks(self.model, self._picture, clicks, previous=self._previous)[0]
-        self._previous = found.low_res
-        enlarge = found.frame.mask_to_original if self.device is None else found.frame.mask_on_device
-        return enlarge(found.low_res, self.above)
+    def trace(self, ious: Sequence[float]) -> Trace:
+        return Trace(
+            self.sample.name,
+            self.sample.dataset,
+            (self.truth_here.shape[0], self.truth_here.shape[1]),
+            int(self.truth_here.sum()),
+            tuple(self.clicks),
+            tuple(float(value) for value in ious),
+            tuple(self.hashes),
+            self.boundary,
+            self.recall,
+            rle.encode(self.answer),
+            self.spent,
+        )
 
 
 def play(segmenter: Segmenter, sample: Sample, protocol: Protocol, given: Trace | None = None) -> Trace:
@@ -136,78 +159,84 @@ def play(segmenter: Segmenter, sample: Sample, protocol: Protocol, given: Trace 
     Seconds: ``metric`` is the IoU; boundary IoU, thin recall and hashes are not counted.
     Raises ``ValueError`` for a trace of another picture or with fewer steps than the protocol.
     """
-    if given is not None and (given.size != sample.mask.shape or len(given.clicks) < protocol.clicks):
-        raise ValueError(
-            f"the trace of {sample.name} has {len(given.clicks)} steps on {given.size}, the sample is {sample.mask.shape} "
-            f"and the protocol {protocol.clicks} clicks; give the traces of this data set and protocol"
-        )
-    rng = random.Random(f"{protocol.seed} {sample.name}") if protocol.ties == "seeded" else None
+    return play_together(segmenter, [sample], protocol, [given])[0]
+
+
+def play_together(
+    segmenter: Segmenter, samples: Sequence[Sample], protocol: Protocol, given: Sequence[Trace | None] | None = None
+) -> list[Trace]:
+    """:func:`play` for several samples in step; more than one needs a :class:`hrsam.segmenters.BatchSegmenter`.
+
+    The samples of a round share its seconds equally.  On a GPU there is one wait a round, for the clicks (two where ties
+    are drawn); hashes and boundary IoU of a round are made, in a thread a sample, while the GPU works on the next.
+    """
+    table = together(segmenter, len(samples))
     device = getattr(segmenter, "device", None)
+    given = given or [None] * len(samples)
+    with ThreadPoolExecutor(min(len(samples), os.cpu_count() or 1)) as pool:
+        each = pool.map if device is not None and device.type == "cuda" else map
+        games = list(each(lambda sample, trace: _Game(sample, protocol, trace, device), samples, given))
+        ious = _rounds(table, games, protocol, device, each)
+        return list(each(_Game.trace, games, ious))
 
-    def placed(mask: np.ndarray) -> Any:
-        return mask if device is None else torch.from_numpy(mask).to(device)
 
-    def fetched(mask: Any) -> np.ndarray:
-        return mask if device is None else mask.cpu().numpy()
-
-    seen_here = np.ones_like(sample.mask) if sample.ignore is None else ~sample.ignore
-    truth_here = sample.mask & seen_here
-    thin = thin_part(truth_here)
-    truth, seen = placed(truth_here), placed(seen_here)
-    ignore = None if sample.ignore is None else ~seen
-    spent: dict[str, float] = {"encode": 0.0, "decode": 0.0, "user": 0.0, "metric": 0.0}
-    clock = time.perf_counter()
-
-    def lap(what: str) -> None:
-        nonlocal clock
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        spent[what] += now - clock
-        clock = now
-
-    segmenter.start(sample.pixels)
-    lap("encode")
-    mask = truth & ~truth
-    made: list[Click] = []
-    clicks, ious, hashes = [], [], []
-    boundary: dict[str, float] = {}
-    recall: dict[str, float | None] = {}
+def _rounds(
+    table: BatchSegmenter,
+    games: Sequence[_Game],
+    protocol: Protocol,
+    device: torch.device | None,
+    each: Callable[..., Iterable[Any]],
+) -> list[list[float]]:
+    """Play all rounds; the IoUs of each sample after each."""
+    everyone = [game.spent for game in games]
+    watch = Stopwatch(device)
+    table.start_all([game.sample.pixels for game in games])
+    watch.lap("encode", everyone)
+    answers: Callable[[], list[np.ndarray]] | None = None
     for step in range(protocol.clicks):
-        if given is not None:
-            click = given.click_at(step)
-        else:
-            click = next_click(truth, mask, made, rule=protocol.rule, rng=rng, ignore=ignore)
-        lap("user")
-        if click is not None:
-            made.append(click)
-        if click is not None or (protocol.rule == "hrsam" and made):
-            mask = segmenter.click(tuple(made))
-            lap("decode")
-        clicks.append(None if click is None else (click.x, click.y, int(click.positive)))
-        counted = mask & seen
-        ious.append(float(iou(counted, truth)))
-        lap("metric")
-        answer = fetched(mask)
-        hashes.append(mask_hash(answer))
-        if step + 1 in (*LOOKED_AT, protocol.clicks):
-            answer = answer & seen_here
-            boundary[str(step + 1)] = boundary_iou(answer, truth_here)
-            recall[str(step + 1)] = float((answer & thin).sum() / thin.sum()) if thin.any() else None
-        clock = time.perf_counter()
-    return Trace(
-        sample.name,
-        sample.dataset,
-        (truth_here.shape[0], truth_here.shape[1]),
-        int(truth_here.sum()),
-        tuple(clicks),
-        tuple(ious),
-        tuple(hashes),
-        boundary,
-        recall,
-        rle.encode(fetched(mask)),
-        spent,
-    )
+        watch.start()
+        clicks = _next_clicks(games, protocol, step, device)
+        watch.lap("user", everyone)
+        asked = [game.take(click, protocol.rule) for game, click in zip(games, clicks)]
+        if any(asked):
+            masks = table.click_all([tuple(game.made) if ask else None for game, ask in zip(games, asked)])
+            watch.lap("decode", [game.spent for game, ask in zip(games, asked) if ask])
+            for game, mask in zip(games, masks):
+                game.mask = game.mask if mask is None else mask
+        if answers is not None:
+            list(each(_Game.note, games, answers(), repeat(False)))
+        watch.start()
+        for game in games:
+            game.ious.append(iou(game.mask & game.seen, game.truth))
+        watch.lap("metric", everyone)
+        answers = fetch_later([game.mask for game in games])
+    assert answers is not None
+    list(each(_Game.note, games, answers(), repeat(True)))
+    watch.stop()
+    ious = [game.ious for game in games]
+    if device is not None:
+        return torch.stack([torch.stack(row) for row in ious]).tolist()
+    return ious
+
+
+def _next_clicks(
+    games: Sequence[_Game], protocol: Protocol, step: int, device: torch.device | None
+) -> list[Click | None]:
+    """The click of each sample in this round: the one given, or the simulated user's."""
+    users = [game for game in games if game.given is None]
+    if device is None:
+        found = [next_click(g.truth, g.mask, g.made, rule=protocol.rule, rng=g.rng, ignore=g.ignore) for g in users]
+    else:
+        found = next_clicks(
+            [game.truth for game in users],
+            [game.mask for game in users],
+            [game.made for game in users],
+            rule=protocol.rule,
+            rngs=[game.rng for game in users],
+            ignores=[game.ignore for game in users],
+        )
+    placed = iter(found)
+    return [next(placed) if game.given is None else game.given.click_at(step) for game in games]
 
 
 def summary(traces: Sequence[Trace], thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:

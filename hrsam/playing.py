@@ -1,18 +1,20 @@
 """Playing all samples of a data set, in one process or many.
 
-Each sample is played alone and the same way wherever and whenever that happens: on a CPU the traces of 1, 2 or 4 processes
-are equal to the bit, because every process uses the same number of threads.  Several processes: ``processes`` on this
-machine, or ``torchrun``/``accelerate launch``, where each process takes every n-th sample.  What was played lies in a
-folder, one file a process, so a run that was stopped goes on.
+With a batch of 1 each sample is played alone and the same way wherever and whenever that happens: on a CPU the traces of
+1, 2 or 4 processes are equal to the bit, because every process uses the same number of threads.  In larger batches, meant
+for a GPU, the last bits depend on what is played together.  Several processes: ``processes`` on this machine, or
+``torchrun``/``accelerate launch``, where each process takes every n-th sample.  What was played lies in a folder, one file
+a process, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,8 +24,11 @@ from typing import Any
 import torch
 
 from hrsam.data.index import Dataset, Item
-from hrsam.evaluation import Protocol, Segmenter, play, summary
+from hrsam.evaluation import Protocol, play_together, summary
+from hrsam.segmenters import Segmenter
 from hrsam.traces import Trace, head_line, in_order, read_traces, write_traces
+
+logger = logging.getLogger("hrsam")
 
 Given = dict[str, Trace] | None
 Work = tuple[Dataset, Segmenter, Protocol, Given]
@@ -39,13 +44,16 @@ def play_all(
     given: Given = None,
     processes: int = 1,
     threads: int = 1,
+    batch: int = 1,
     progress: bool = False,
 ) -> list[Trace]:
     """All traces in the order of the data set; those in ``folder`` are not played again, new ones are added to it.
 
     ``make`` (picklable) loads what plays, once a process.  ``head`` says what is played; a folder whose files have another
-    one is refused.  ``given``: traces by sample name whose clicks are made instead.  ``progress``: show a bar.
-    Raises ``ValueError`` for that, for samples that cannot be read, and when a process died.
+    one is refused.  ``given``: traces by sample name whose clicks are made instead.  ``batch``: samples a process plays in
+    step, halved when its memory does not suffice.  ``progress``: show a bar.
+    Raises ``ValueError`` for that, for samples that cannot be read, when a process died, and when memory does not suffice
+    for one sample.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names = [item.name for item in dataset.items]
@@ -54,9 +62,10 @@ def play_all(
     own = folder / f"{rank()}.jsonl"
     if not own.exists():
         write_traces(own, head, [])
-    work = (dataset, make, protocol, given, threads)
-    count = min(processes, len(todo))
-    results = _in_processes(work, todo, count) if count > 1 else _here(work, todo)
+    work = (dataset, make, protocol, given, threads, batch)
+    batches = [todo[start : start + batch] for start in range(0, len(todo), batch)]
+    count = min(processes, len(batches))
+    results = _in_processes(work, batches, count) if count > 1 else _here(work, batches)
     with own.open("a", encoding="utf-8") as file, _bar(progress and rank() == 0, len(names)) as show:
         for trace in results:
             file.write(trace.line() + "\n")
@@ -82,23 +91,24 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _here(work: tuple[Any, ...], todo: Sequence[Item]) -> Iterator[Trace]:
-    if not todo:
+def _here(work: tuple[Any, ...], batches: Sequence[Sequence[Item]]) -> Iterator[Trace]:
+    if not batches:
         return
     before = torch.get_num_threads()
     try:
         _start(*work)
-        yield from map(_play, todo)
+        for items in batches:
+            yield from _play(items)
     finally:
         _use_threads(before)
 
 
-def _in_processes(work: tuple[Any, ...], todo: Sequence[Item], count: int) -> Iterator[Trace]:
+def _in_processes(work: tuple[Any, ...], batches: Sequence[Sequence[Item]], count: int) -> Iterator[Trace]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _start, work) as pool:
         try:
-            for future in as_completed([pool.submit(_play, item) for item in todo]):
-                yield future.result()
+            for future in as_completed([pool.submit(_play, items) for items in batches]):
+                yield from future.result()
         except BrokenProcessPool:
             raise ValueError(
                 "a process died, perhaps for lack of memory; run the same command again, with fewer --processes"
@@ -108,17 +118,38 @@ def _in_processes(work: tuple[Any, ...], todo: Sequence[Item], count: int) -> It
 
 
 _work: Work  # of this process
+_at_once: int  # samples this process plays in step
 
 
-def _start(dataset: Dataset, make: Callable[[], Segmenter], protocol: Protocol, given: Given, threads: int) -> None:
-    global _work
+def _start(
+    dataset: Dataset, make: Callable[[], Segmenter], protocol: Protocol, given: Given, threads: int, batch: int
+) -> None:
+    global _work, _at_once
     _use_threads(threads)
-    _work = dataset, make(), protocol, given
+    _work, _at_once = (dataset, make(), protocol, given), batch
 
 
-def _play(item: Item) -> Trace:
+def _play(items: Sequence[Item]) -> list[Trace]:
+    """Play a batch; when memory does not suffice, in halves of it, and so are later ones."""
+    global _at_once
     dataset, segmenter, protocol, given = _work
-    return play(segmenter, dataset.load(item), protocol, None if given is None else given[item.name])
+    with ThreadPoolExecutor(min(len(items), os.cpu_count() or 1)) as pool:
+        samples = list(pool.map(dataset.load, items))
+    traces: list[Trace] = []
+    while part := samples[len(traces) : len(traces) + _at_once]:
+        known = None if given is None else [given[sample.name] for sample in part]
+        try:
+            traces += play_together(segmenter, part, protocol, known)
+            continue
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise ValueError(
+                    f"the memory of the device does not suffice for {part[0].name}; use a smaller --side or another device"
+                ) from None
+        _at_once = len(part) // 2  # here, where the error no longer holds on to what it was about
+        torch.cuda.empty_cache()
+        logger.warning("not enough memory for %d samples at once; going on with %d", len(part), _at_once)
+    return traces
 
 
 def _use_threads(threads: int) -> None:

@@ -3,6 +3,7 @@
 import logging
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,13 +145,7 @@ def test_given_clicks_are_made_and_a_stop_among_them_is_kept(model):
         play_together(other, SAMPLES, protocol("frozen", 6), given)
 
 
-@pytest.mark.parametrize("drawn", [False, True])
-@pytest.mark.parametrize("rule", ["frozen", "hrsam", "ritm"])
-def test_next_clicks_are_the_next_click_of_each(rule, drawn):
-    if rule == "hrsam" and not drawn:
-        with pytest.raises(ValueError, match="draws among equals"):
-            next_clicks([], [], [], rule=rule, rngs=[None], ignores=[])
-        return
+def check_next_clicks(rule, drawn, device):
     generator = np.random.default_rng(5)
     truths = [sample.mask for sample in SAMPLES]
     clicks = [[] for _ in truths]
@@ -165,22 +160,36 @@ def test_next_clicks_are_the_next_click_of_each(rule, drawn):
             next_click(truth, mask, made, rule=rule, rng=rng, ignore=ignore)
             for truth, mask, made, rng, ignore in zip(truths, masks, clicks, rngs[0], ignores)
         ]
-        found = next_clicks(
-            [torch.from_numpy(truth) for truth in truths],
-            [torch.from_numpy(mask) for mask in masks],
-            clicks,
-            rule=rule,
-            rngs=rngs[1],
-            ignores=[None if ignore is None else torch.from_numpy(ignore) for ignore in ignores],
-        )
-        assert found == expected
+        there = [
+            [None if array is None else torch.from_numpy(array).to(device) for array in arrays]
+            for arrays in (truths, masks, ignores)
+        ]
+        assert next_clicks(*there[:2], clicks, rule=rule, rngs=rngs[1], ignores=there[2]) == expected
         for made, click in zip(clicks, expected):
             made += [click] if click is not None else []
     assert min(map(len, clicks)) >= 6
 
 
+USERS = pytest.mark.parametrize(
+    ("rule", "drawn"), [("frozen", False), ("frozen", True), ("hrsam", True), ("ritm", False), ("ritm", True)]
+)
+
+
+@USERS
+def test_next_clicks_are_the_next_click_of_each(rule, drawn):
+    check_next_clicks(rule, drawn, "cpu")
+
+
+@pytest.mark.gpu
+@USERS
+def test_next_clicks_on_a_gpu(rule, drawn):
+    check_next_clicks(rule, drawn, "cuda")
+
+
 def test_next_clicks_refuse_what_next_click_refuses():
     truth = torch.ones(4, 5, dtype=torch.bool)
+    with pytest.raises(ValueError, match="draws among equals"):
+        next_clicks([truth], [truth], [[]], rule="hrsam", rngs=[None], ignores=[None])
     for wrong, words in (({"rule": "best"}, "unknown click rule"), ({}, "outside the picture of 5 x 4")):
         with pytest.raises(ValueError, match=words):
             next_clicks([truth], [truth], [[Click(5, 1)]], rngs=[None], ignores=[None], **wrong)
@@ -201,12 +210,11 @@ def test_what_plays_alone_is_refused_in_a_batch():
         segmenter.click([Click(0, 0)])
 
 
-def test_seconds_are_divided():
+def test_seconds_are_divided(monkeypatch):
     spent = [{"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 0.0}]
     ticks = iter([0.0, 1.0, 2.0, 5.0, 11.0])
-    watch = Stopwatch.__new__(Stopwatch)
-    watch._now = lambda: next(ticks)
-    watch.__init__(None)
+    monkeypatch.setattr("hrsam.lockstep.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    watch = Stopwatch(None)
     watch.lap("a", spent)
     watch.start()
     watch.lap("b", spent)

@@ -27,7 +27,7 @@ def chunk_length(tokens: int) -> int:
 
     It depends on nothing else, so that a result does not depend on what else is packed.
     """
-    return min(256, max(CHUNK, triton.next_power_of_2(tokens // 128)))
+    return min(256, max(CHUNK, 1 << max(0, (tokens // 128).bit_length() - 1)))
 
 
 @lru_cache(maxsize=256)
