@@ -42,8 +42,9 @@ def draw(layout_tokens, heads, key_heads, dim, value_dim, dtype, device=DEVICE, 
     }
 
 
-def double(x):
-    return {name: t.detach().double().requires_grad_() for name, t in x.items()}
+def on_cpu(x, dtype=None):
+    """Leaves for the definitions, which loop and are quicker there."""
+    return {name: t.detach().to("cpu", dtype).requires_grad_() for name, t in x.items()}
 
 
 def random_plan(seed, tokens=50, device=CPU):
@@ -81,35 +82,42 @@ def run(x, plan, impl, table, cotangents):
     return y.detach(), lse.detach(), dict(zip(x, torch.autograd.grad(loss, list(x.values()))))
 
 
-def check_plan(plan, dtype, rope, heads=4, key_heads=2, dim=8, value_dim=12, device=DEVICE):
-    x = draw(plan.tokens, heads, key_heads, dim, value_dim, dtype, device)
+def check_plan(seed, dtype, rope, heads=4, key_heads=2, dim=8, value_dim=12):
+    plan, there = (random_plan(seed, device=torch.device(device)) for device in ("cpu", DEVICE))
+    x = draw(plan.tokens, heads, key_heads, dim, value_dim, dtype)
     g = torch.Generator().manual_seed(1)
     shapes = (plan.tokens, heads, value_dim), (plan.tokens, heads)
-    cotangents = [torch.randn(shape, generator=g).to(device) for shape in shapes]
-    phi = 6 * torch.rand(9, dim // 2, generator=g, dtype=torch.float64).to(device)
+    cotangents = [torch.randn(shape, generator=g) for shape in shapes]
+    phi = 6 * torch.rand(9, dim // 2, generator=g, dtype=torch.float64)
     table = (phi.cos().float(), phi.sin().float()) if rope else None
-    high, high_lse, high_grads = run(double(x), plan, "naive", table, cotangents)
-    low, low_lse, low_grads = run(x, plan, "naive", table, cotangents)
+    high, high_lse, high_grads = run(on_cpu(x, torch.float64), plan, "naive", table, cotangents)
+    low, low_lse, low_grads = run(on_cpu(x), plan, "naive", table, cotangents)
     inner = {name: surrounded(t) if name in "qkv" else t for name, t in x.items()}
-    got, lse, grads = run(inner, plan, "triton", table, cotangents)
+    table = None if table is None else tuple(t.to(DEVICE) for t in table)
+    got, lse, grads = run(inner, there, "triton", table, [t.to(DEVICE) for t in cotangents])
+    got, lse = got.cpu(), lse.cpu()
     empty = high_lse == -math.inf
     assert empty.any()
     assert torch.equal(lse == -math.inf, empty)
     assert (got[empty] == 0).all()
     assert_within_budget(got, low, high)
     in_type = lse.masked_fill(empty, 0)  # rotated rows are rounded to the inputs' type before they are multiplied
-    assert_within_budget(in_type.to(dtype), low_lse.masked_fill(empty, 0).to(dtype), high_lse.masked_fill(empty, 0))
+    assert_within_budget(
+        in_type.to(dtype), low_lse.masked_fill(empty, 0).to(dtype), high_lse.masked_fill(empty, 0), name="log-sum-exp"
+    )
     for name in x:
         assert grads[name].dtype == x[name].dtype
-        assert_within_budget(grads[name], low_grads[name], high_grads[name], factor=3.0, name=f"gradient of {name}")
-    assert (grads["q"][empty.all(1)] == 0).all()
+        assert_within_budget(
+            grads[name].cpu(), low_grads[name], high_grads[name], factor=3.0, name=f"gradient of {name}"
+        )
+    assert (grads["q"].cpu()[empty.all(1)] == 0).all()
 
 
 @needs_triton
 @pytest.mark.parametrize("rope", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernel_on_a_random_plan(dtype, rope, nan_in_new_memory):
-    check_plan(random_plan(0, device=torch.device(DEVICE)), dtype, rope)
+    check_plan(0, dtype, rope)
 
 
 @needs_triton
@@ -125,7 +133,7 @@ def test_kernel_with_odd_head_sizes(nan_in_new_memory):
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 32), (128, 128), (256, 256)])
 def test_kernel_on_a_random_plan_on_gpu(dtype, rope, dim, value_dim, nan_in_new_memory):
     for seed in range(3):
-        check_plan(random_plan(seed, device=torch.device("cuda")), dtype, rope, dim=dim, value_dim=value_dim)
+        check_plan(seed, dtype, rope, dim=dim, value_dim=value_dim)
 
 
 def mix(name, x, layout, options, impl, padded=True):
@@ -137,15 +145,15 @@ def check_mixer(name, options, layout, dtype, padded, heads=2, key_heads=1, dim=
     x = draw(layout.tokens, heads, key_heads, dim, value_dim, dtype)
     del x["bias"]
     leaves = list(x) if padded and name == "window" else ["q", "k", "v"]
-    cotangent = torch.randn(layout.tokens, heads, value_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    cotangent = torch.randn(layout.tokens, heads, value_dim, generator=torch.Generator().manual_seed(1))
 
     def whole(x, impl):
         y = mix(name, x, layout, options, impl, padded)
-        wanted = [x[leaf] for leaf in leaves]
-        return y.detach(), torch.autograd.grad(y, wanted, cotangent.to(y.dtype), allow_unused=True)
+        grads = torch.autograd.grad(y, [x[leaf] for leaf in leaves], cotangent.to(y), allow_unused=True)
+        return y.detach().cpu(), [None if g is None else g.cpu() for g in grads]
 
-    high, high_grads = whole(double(x), "naive")
-    low, low_grads = whole(x, "naive")
+    high, high_grads = whole(on_cpu(x, torch.float64), "naive")
+    low, low_grads = whole(on_cpu(x), "naive")
     got, grads = whole({n: surrounded(t) if n in "qkv" else t for n, t in x.items()}, "triton")
     assert got.dtype == dtype
     assert_within_budget(got, low, high, name=f"{name} {options} {layout.grids}")
@@ -202,8 +210,8 @@ def test_large_logits(name, options):
     x = {n: t.detach() for n, t in draw(30, 2, 2, 8, 8, torch.float32).items()}
     x["q"] = x["q"] * 60
     layout = Layout(((5, 6),), (0,))
-    low, high = (mix(name, y, layout, options, "naive").detach() for y in (x, double(x)))
-    assert_within_budget(mix(name, x, layout, options, "triton"), low, high, factor=4.0)
+    low, high = (mix(name, on_cpu(x, dtype), layout, options, "naive").detach() for dtype in (None, torch.float64))
+    assert_within_budget(mix(name, x, layout, options, "triton").cpu(), low, high, factor=4.0)
 
 
 @needs_triton

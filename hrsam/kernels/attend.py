@@ -48,13 +48,13 @@ def tiles(head_dim: int, dtype: torch.dtype, backward: bool = False, window: boo
 
 
 class Inputs(NamedTuple):
-    """What forward and backward take; ``None`` where a plan has no rotation, padding key or bias."""
+    """What forward and backward take; ``None`` where a plan has no rotation, padding key or bias.  ``turns`` (places, D):
+    cos and sin of each channel pair, see :func:`hrsam.ops.rope.turns`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    cos: Tensor | None
-    sin: Tensor | None
+    turns: Tensor | None
     pad_k: Tensor | None
     pad_v: Tensor | None
     bias: Tensor | None
@@ -63,11 +63,10 @@ class Inputs(NamedTuple):
 def _ready(inputs: Inputs) -> Inputs:
     """Channels are neighbours, small tables contiguous; padding in the dtype of the rows it stands among."""
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in inputs[:3])
-    cos, sin = (None if t is None else t.float().contiguous() for t in inputs[3:5])
     pad_k = None if inputs.pad_k is None else inputs.pad_k.to(k.dtype).contiguous()
     pad_v = None if inputs.pad_v is None else inputs.pad_v.to(v.dtype).contiguous()
     bias = None if inputs.bias is None else inputs.bias.float().contiguous()
-    return Inputs(q, k, v, cos, sin, pad_k, pad_v, bias)
+    return Inputs(q, k, v, inputs.turns, pad_k, pad_v, bias)
 
 
 def _power_of_two(size: int) -> int:
@@ -75,7 +74,7 @@ def _power_of_two(size: int) -> int:
 
 
 def _constants(x: Inputs, plan: Any) -> dict[str, Any]:
-    rope = x.cos is not None
+    rope = x.turns is not None
     D, DV = x.q.shape[2], x.v.shape[2]
     return {
         "q_row": x.q.stride(0), "q_head": x.q.stride(1), "k_row": x.k.stride(0), "k_head": x.k.stride(1),
@@ -88,7 +87,7 @@ def _constants(x: Inputs, plan: Any) -> dict[str, Any]:
 
 def _pointers(x: Inputs) -> tuple[Tensor, ...]:
     """A tensor for every pointer; those that stand for nothing are never read."""
-    return tuple(x.q if t is None else t for t in (x.q, x.k, x.v, x.bias, x.cos, x.sin, x.pad_k, x.pad_v))
+    return tuple(x.q if t is None else t for t in (x.q, x.k, x.v, x.bias, x.turns, x.pad_k, x.pad_v))
 
 
 def _tables(plan: Any) -> tuple[Tensor, ...]:
@@ -111,7 +110,7 @@ def forward(inputs: Inputs, plan: Any, scale: float, warps: int, stages: int) ->
                 del constants[name]
             programs.attend_groups[x.q.shape[1], len(plan.groups)](
                 *pointers[:3], *pointers[4:], out, lse, *_tables(plan), plan.groups, base2,
-                **constants, MASKED=plan.gaps or plan.labelled, KEYS=plan.group_keys, num_warps=warps, num_stages=1,
+                **constants, MASKED=plan.gaps or plan.labelled, KEYS=plan.group_keys, num_warps=warps, num_stages=stages,
             )  # fmt: skip
             return out, lse
         programs.attend[len(plan.q_tokens), x.q.shape[1]](
@@ -158,8 +157,8 @@ def backward(
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, pad_k, pad_v, bias, plan, scale, options):
-        inputs = Inputs(q, k, v, cos, sin, pad_k, pad_v, bias)
+    def forward(ctx, q, k, v, turns, pad_k, pad_v, bias, plan, scale, options):
+        inputs = Inputs(q, k, v, turns, pad_k, pad_v, bias)
         out, lse = forward(inputs, plan, scale, *options)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.plan, ctx.scale, ctx.options = plan, scale, options
@@ -173,14 +172,13 @@ class _Attend(torch.autograd.Function):
         grads = backward(Inputs(*inputs), ctx.plan, ctx.scale, *ctx.options, out, lse, d_out, d_lse)
         d_q, d_k, d_v, d_pad_k, d_pad_v, d_bias = grads
         if d_bias is not None:
-            d_bias = d_bias.to(inputs[7].dtype)
-        return d_q, d_k, d_v, None, None, d_pad_k, d_pad_v, d_bias, None, None, None
+            d_bias = d_bias.to(inputs[6].dtype)
+        return d_q, d_k, d_v, None, d_pad_k, d_pad_v, d_bias, None, None, None
 
 
-def attend(q, k, v, plan, table, pad_kv, bias, scale):
+def attend(q, k, v, plan, turns, pad_kv, bias, scale):
     """As :func:`hrsam.ops.attend.attend`, which checks the shapes; float32, float16 and bfloat16."""
     size = tiles(max(q.shape[2], v.shape[2]), q.dtype)
-    cos, sin = table if table is not None else (None, None)
     pad_k, pad_v = pad_kv if pad_kv is not None else (None, None)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return _Attend.apply(q, k, v, cos, sin, pad_k, pad_v, bias, plan, scale, (size.warps, size.stages))
+    return _Attend.apply(q, k, v, turns, pad_k, pad_v, bias, plan, scale, (size.warps, size.stages))

@@ -53,17 +53,14 @@ def _with_padding(rows, tokens, pad, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _angles(cos, sin, places, tile, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """cos and sin (slots, DP / 2) of a tile's places."""
-    i = tl.arange(0, SIZE)
-    d = tl.arange(0, DP // 2)
-    at = tl.load(places + tile * SIZE + i)[:, None] * (D // 2) + d[None, :]
-    if D != DP:
-        live = (d < D // 2)[None, :]
-        c, s = tl.load(cos + at, live, other=0.0), tl.load(sin + at, live, other=0.0)
-    else:
-        c, s = tl.load(cos + at), tl.load(sin + at)
-    return c, s
+def _angles(turns, places, tile, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """cos and sin (slots, DP / 2) of a tile's places.  The table holds them in pairs, so that a lane finds them beside the
+    pair of channels that it turns."""
+    d = tl.arange(0, DP)
+    at = tl.load(places + tile * SIZE + tl.arange(0, SIZE))[:, None] * D + d[None, :]
+    pairs = tl.load(turns + at, (d < D)[None, :], other=0.0) if D != DP else tl.load(turns + at)
+    c, s = tl.split(tl.reshape(pairs, (SIZE, DP // 2, 2)))
+    return c.to(tl.float32), s.to(tl.float32)
 
 
 @triton.jit
@@ -82,15 +79,16 @@ def _turned_back(even, odd, c, s, SIZE: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def _halves(
-    x, tokens, row, pad, cos, sin, places, tile,
+    x, tokens, row, pad, turns, places, tile,
     SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROPE: tl.constexpr, MASKED: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """Rows of a tile, rotated: even and odd channels, or without ``ROPE`` the same rows twice."""
+    if ROPE:  # first, so that the table is on its way with the rows
+        c, s = _angles(turns, places, tile, SIZE, D, DP)
     rows = _rows(x, tokens, row, D, DP, MASKED)
     if PAD:
         rows = _with_padding(rows, tokens, pad, D, DP)
     if ROPE:
-        c, s = _angles(cos, sin, places, tile, SIZE, D, DP)
         a, b = _turned(rows, c, s, SIZE, DP)
     else:
         a, b = rows, rows
@@ -139,14 +137,14 @@ def _finish(
 @triton.jit
 def _visit(
     tile, qa, qb, q_label, m, total, acc,
-    k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, bias_row, scale,
+    k, v, bias, turns, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, bias_row, scale,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, ROPE: tl.constexpr,
     PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys joins the running maximum, sum and output."""
     tokens = _tokens(k_tokens, tile, BN, RUNS, MASKED)
-    ka, kb = _halves(k, tokens, k_row, pad_k, cos, sin, k_places, tile, BN, D, DP, ROPE, MASKED, PAD and MASKED)
+    ka, kb = _halves(k, tokens, k_row, pad_k, turns, k_places, tile, BN, D, DP, ROPE, MASKED, PAD and MASKED)
     scores = _product(qa, qb, ka, kb, ROPE, PRECISION)
     if BIAS:
         live = tokens >= 0
@@ -165,7 +163,7 @@ def _visit(
 
 @triton.jit
 def attend(
-    q, k, v, bias, cos, sin, pad_k, pad_v, out, lse,
+    q, k, v, bias, turns, pad_k, pad_v, out, lse,
     q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, full_ptr, full_idx, part_ptr, part_idx, scale,
     q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
     v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
@@ -182,7 +180,7 @@ def attend(
     pad_v += head // GROUP * DV
     bias += head
     tokens = _tokens(q_tokens, tile, BM, RUNS, True)
-    qa, qb = _halves(q, tokens, q_row, pad_k, cos, sin, q_places, tile, BM, D, DP, ROPE, True, False)
+    qa, qb = _halves(q, tokens, q_row, pad_k, turns, q_places, tile, BM, D, DP, ROPE, True, False)
     q_label = _labels(q_labels, tile, BM) if LABELS else tokens
     m = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -190,13 +188,13 @@ def attend(
     for at in range(tl.load(full_ptr + tile), tl.load(full_ptr + tile + 1)):
         m, total, acc = _visit(
             tl.load(full_idx + at), qa, qb, q_label, m, total, acc,
-            k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
+            k, v, bias, turns, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
             D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, False, PRECISION,
         )  # fmt: skip
     for at in range(tl.load(part_ptr + tile), tl.load(part_ptr + tile + 1)):
         m, total, acc = _visit(
             tl.load(part_idx + at), qa, qb, q_label, m, total, acc,
-            k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
+            k, v, bias, turns, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
             D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, True, PRECISION,
         )  # fmt: skip
     _finish(out, lse, tokens, m, total, acc, heads, head, BM, DV, DVP)
@@ -204,7 +202,7 @@ def attend(
 
 @triton.jit
 def attend_groups(
-    q, k, v, cos, sin, pad_k, pad_v, out, lse,
+    q, k, v, turns, pad_k, pad_v, out, lse,
     q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, groups, scale,
     q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
     v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
@@ -229,7 +227,7 @@ def attend_groups(
     all_values = ()
     for j in tl.static_range(KEYS):
         k_tok = _tokens(k_tokens, key_tile + j, BN, False, False)
-        ka, kb = _halves(k, k_tok, k_row, pad_k, cos, sin, k_places, key_tile + j, BN, D, DP, ROPE, GAPS, PAD)
+        ka, kb = _halves(k, k_tok, k_row, pad_k, turns, k_places, key_tile + j, BN, D, DP, ROPE, GAPS, PAD)
         values = _rows(v, k_tok, v_row, DV, DVP, GAPS)
         if PAD:
             values = _with_padding(values, k_tok, pad_v, DV, DVP)
@@ -239,7 +237,7 @@ def attend_groups(
         all_values = all_values + (values,)
     for tile in range(first, first + count):
         tokens = _tokens(q_tokens, tile, BM, False, False)
-        qa, qb = _halves(q, tokens, q_row, pad_k, cos, sin, q_places, tile, BM, D, DP, ROPE, True, False)
+        qa, qb = _halves(q, tokens, q_row, pad_k, turns, q_places, tile, BM, D, DP, ROPE, True, False)
         q_label = _labels(q_labels, tile, BM) if LABELS else tokens
         m = tl.full((BM,), -float("inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
@@ -267,12 +265,12 @@ def _query_statistics(lse, delta, tokens, heads: tl.constexpr, head):
 @triton.jit
 def _visit_query(
     tile, ka, kb, values, k_tokens, k_label, k_bias, dka, dkb, dv, d_bias,
-    q, d_out, lse, delta, cos, sin, q_tokens, q_places, q_labels, q_row, heads: tl.constexpr, head, scale,
+    q, d_out, lse, delta, turns, q_tokens, q_places, q_labels, q_row, heads: tl.constexpr, head, scale,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, ROPE: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tokens = _tokens(q_tokens, tile, BM, RUNS, True)
-    qa, qb = _halves(q, tokens, q_row, q, cos, sin, q_places, tile, BM, D, DP, ROPE, True, False)
+    qa, qb = _halves(q, tokens, q_row, q, turns, q_places, tile, BM, D, DP, ROPE, True, False)
     level, shift = _query_statistics(lse, delta, tokens, heads, head)
     scores = _product(ka, kb, qa, qb, ROPE, PRECISION) * scale
     if BIAS:
@@ -297,7 +295,7 @@ def _visit_query(
 
 @triton.jit
 def key_gradients(
-    q, k, v, bias, cos, sin, pad_k, pad_v, d_out, lse, delta, d_k, d_v, d_bias, d_pad_k, d_pad_v,
+    q, k, v, bias, turns, pad_k, pad_v, d_out, lse, delta, d_k, d_v, d_bias, d_pad_k, d_pad_v,
     q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, full_ptr, full_idx, part_ptr, part_idx, scale,
     softmax_scale,
     q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
@@ -315,7 +313,7 @@ def key_gradients(
     d = tl.arange(0, DP)
     e = tl.arange(0, DVP)
     ka, kb = _halves(
-        k + key_head * k_head, tokens, k_row, pad_k + key_head * D, cos, sin, k_places, tile,
+        k + key_head * k_head, tokens, k_row, pad_k + key_head * D, turns, k_places, tile,
         BN, D, DP, ROPE, True, PAD,
     )  # fmt: skip
     values = _rows(v + key_head * v_head, tokens, v_row, DV, DVP, True)
@@ -334,19 +332,19 @@ def key_gradients(
         for at in range(tl.load(full_ptr + tile), tl.load(full_ptr + tile + 1)):
             dka, dkb, dv, d_bias_row = _visit_query(
                 tl.load(full_idx + at), ka, kb, values, tokens, k_label, k_bias, dka, dkb, dv, d_bias_row,
-                q + head * q_head, d_out + head * DV, lse, delta, cos, sin, q_tokens, q_places, q_labels, q_row,
+                q + head * q_head, d_out + head * DV, lse, delta, turns, q_tokens, q_places, q_labels, q_row,
                 heads, head, scale, D, DP, DV, DVP, BM, ROPE, LABELS, BIAS, RUNS, False, PRECISION,
             )  # fmt: skip
         for at in range(tl.load(part_ptr + tile), tl.load(part_ptr + tile + 1)):
             dka, dkb, dv, d_bias_row = _visit_query(
                 tl.load(part_idx + at), ka, kb, values, tokens, k_label, k_bias, dka, dkb, dv, d_bias_row,
-                q + head * q_head, d_out + head * DV, lse, delta, cos, sin, q_tokens, q_places, q_labels, q_row,
+                q + head * q_head, d_out + head * DV, lse, delta, turns, q_tokens, q_places, q_labels, q_row,
                 heads, head, scale, D, DP, DV, DVP, BM, ROPE, LABELS, BIAS, RUNS, True, PRECISION,
             )  # fmt: skip
         if BIAS:
             tl.store(d_bias + at_bias, d_bias_row, real)
     if ROPE:
-        c, s = _angles(cos, sin, k_places, tile, BN, D, DP)
+        c, s = _angles(turns, k_places, tile, BN, D, DP)
         dk = _turned_back(dka, dkb, c, s, BN, DP) * softmax_scale
     else:
         dk = dka * softmax_scale
@@ -363,13 +361,13 @@ def key_gradients(
 @triton.jit
 def _visit_key(
     tile, qa, qb, q_label, grad, level, shift, dqa, dqb,
-    k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, bias_row, scale,
+    k, v, bias, turns, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, bias_row, scale,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, ROPE: tl.constexpr,
     PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     tokens = _tokens(k_tokens, tile, BN, RUNS, MASKED)
-    ka, kb = _halves(k, tokens, k_row, pad_k, cos, sin, k_places, tile, BN, D, DP, ROPE, MASKED, PAD and MASKED)
+    ka, kb = _halves(k, tokens, k_row, pad_k, turns, k_places, tile, BN, D, DP, ROPE, MASKED, PAD and MASKED)
     values = _rows(v, tokens, v_row, DV, DVP, MASKED)
     if PAD and MASKED:
         values = _with_padding(values, tokens, pad_v, DV, DVP)
@@ -393,7 +391,7 @@ def _visit_key(
 
 @triton.jit
 def query_gradients(
-    q, k, v, bias, cos, sin, pad_k, pad_v, d_out, lse, delta, d_q,
+    q, k, v, bias, turns, pad_k, pad_v, d_out, lse, delta, d_q,
     q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, full_ptr, full_idx, part_ptr, part_idx, scale,
     softmax_scale,
     q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
@@ -410,7 +408,7 @@ def query_gradients(
     pad_v += head // GROUP * DV
     bias += head
     tokens = _tokens(q_tokens, tile, BM, RUNS, True)
-    qa, qb = _halves(q + head * q_head, tokens, q_row, pad_k, cos, sin, q_places, tile, BM, D, DP, ROPE, True, False)
+    qa, qb = _halves(q + head * q_head, tokens, q_row, pad_k, turns, q_places, tile, BM, D, DP, ROPE, True, False)
     q_label = _labels(q_labels, tile, BM) if LABELS else tokens
     grad = _rows(d_out + head * DV, tokens, heads * DV, DV, DVP, True)
     level, shift = _query_statistics(lse, delta, tokens, heads, head)
@@ -420,17 +418,17 @@ def query_gradients(
     for at in range(tl.load(full_ptr + tile), tl.load(full_ptr + tile + 1)):
         dqa, dqb = _visit_key(
             tl.load(full_idx + at), qa, qb, q_label, grad, level, shift, dqa, dqb,
-            k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
+            k, v, bias, turns, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
             D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, False, PRECISION,
         )  # fmt: skip
     for at in range(tl.load(part_ptr + tile), tl.load(part_ptr + tile + 1)):
         dqa, dqb = _visit_key(
             tl.load(part_idx + at), qa, qb, q_label, grad, level, shift, dqa, dqb,
-            k, v, bias, cos, sin, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
+            k, v, bias, turns, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
             D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, True, PRECISION,
         )  # fmt: skip
     if ROPE:
-        c, s = _angles(cos, sin, q_places, tile, BM, D, DP)
+        c, s = _angles(turns, q_places, tile, BM, D, DP)
         dq = _turned_back(dqa, dqb, c, s, BM, DP) * softmax_scale
     else:
         dq = dqa * softmax_scale

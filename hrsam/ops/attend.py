@@ -25,12 +25,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hrsam.kernels import resolve_impl
+from hrsam.ops.rope import turns
 
 PADDING, NOBODY = -1, -2
 
@@ -245,7 +245,7 @@ def attend(
         return out.to(q.dtype), lse
     from hrsam.kernels import attend as kernel  # late: needs Triton
 
-    return kernel.attend(q, k, v, plan, table, pad_kv, bias, scale)
+    return kernel.attend(q, k, v, plan, None if table is None else turns(*table, q.dtype), pad_kv, bias, scale)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> None:
@@ -261,13 +261,13 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, tokens: int) -> None:
 
 
 def operator(
-    name: str, plan_of: Callable[..., Plan], table_of: Callable[..., Any]
+    name: str, plan_of: Callable[..., Plan], turns_of: Callable[..., Tensor]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """A function ``(q, k, v, pad_k, pad_v, numbers, rope, scale) -> (output, log-sum-exp)`` the compiler knows as
     ``hrsam::name`` and does not look into.
 
     ``numbers`` describe the plan, ``rope`` is (base, scale) or empty.  ``plan_of(numbers, tiles, padded, device)`` and
-    ``table_of(numbers, rope, head_dim, device)`` are called at run time and cache what they return, so that no index is
+    ``turns_of(numbers, rope, head_dim, device, dtype)`` are called at run time and cache what they return, so that no index is
     built twice.  ``tiles`` is what :func:`hrsam.kernels.attend.tiles` says for the forward or the backward pass.
     """
 
@@ -276,7 +276,7 @@ def operator(
 
         size = kernel.tiles(max(q.shape[2], v.shape[2]), q.dtype, backward, name == "window_attention")
         plan = plan_of(tuple(numbers), (size.queries, size.keys), pad_k is not None, q.device)
-        table = table_of(tuple(numbers), tuple(rope), q.shape[2], q.device) if rope else (None, None)
+        table = turns_of(tuple(numbers), tuple(rope), q.shape[2], q.device, q.dtype) if rope else None
         return kernel, plan, table, (size.warps, size.stages)
 
     @torch.library.custom_op(f"hrsam::{name}", mutates_args=())
@@ -285,7 +285,7 @@ def operator(
         numbers: Sequence[int], rope: Sequence[float], scale: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         kernel, plan, table, options = prepare(q, v, pad_k, numbers, rope, False)
-        return kernel.forward(kernel.Inputs(q, k, v, *table, pad_k, pad_v, None), plan, scale, *options)
+        return kernel.forward(kernel.Inputs(q, k, v, table, pad_k, pad_v, None), plan, scale, *options)
 
     @forward.register_fake
     def _(q, k, v, pad_k, pad_v, numbers, rope, scale):
@@ -297,7 +297,7 @@ def operator(
         d_out: Tensor, numbers: Sequence[int], rope: Sequence[float], scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         kernel, plan, table, options = prepare(q, v, pad_k, numbers, rope, True)
-        inputs = kernel.Inputs(q, k, v, *table, pad_k, pad_v, None)
+        inputs = kernel.Inputs(q, k, v, table, pad_k, pad_v, None)
         d_q, d_k, d_v, d_pad_k, d_pad_v, _ = kernel.backward(inputs, plan, scale, *options, out, lse, d_out, None)
         return d_q, d_k, d_v, *(q.new_zeros(0) if t is None else t for t in (d_pad_k, d_pad_v))
 

@@ -66,6 +66,6 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     parts = max(1, keys // PART)
     rows = q.transpose(1, 2).expand(parts, -1, -1, -1, -1).reshape(-1, heads, dim)
     k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))
-    out, lse = kernel.forward(kernel.Inputs(rows, k, v, None, None, None, None, None), plan, dim**-0.5, 4, 2)
+    out, lse = kernel.forward(kernel.Inputs(rows, k, v, None, None, None, None), plan, dim**-0.5, 4, 2)
     shape = parts, images, queries, heads
     return merge(out.view(*shape, -1), lse.view(shape)).transpose(1, 2).to(q.dtype)

@@ -26,7 +26,7 @@ from torch import Tensor
 from hrsam.kernels import resolve_impl
 from hrsam.layout import Layout
 from hrsam.ops.attend import Plan, check_heads, make_plan, operator
-from hrsam.ops.rope import Rope, angles, position_table, rotate
+from hrsam.ops.rope import Rope, angles, position_table, position_turns, rotate
 
 
 def naive_full_attention(q, k, v, layout, *, rope):
@@ -93,11 +93,11 @@ def full_plan(numbers: tuple[int, ...], tiles: tuple[int, int], padded: bool, de
     )
 
 
-def _table(numbers, rope, head_dim, device):
-    return position_table(Rope(*rope), max(numbers[::3]), max(numbers[1::3]), head_dim, device, torch.float32)
+def _turns(numbers, rope, head_dim, device, dtype):
+    return position_turns(Rope(*rope), max(numbers[::3]), max(numbers[1::3]), head_dim, device, dtype)
 
 
-full_operator = operator("full_attention", full_plan, _table)
+full_operator = operator("full_attention", full_plan, _turns)
 
 
 def triton_full_attention(q, k, v, layout, *, rope):

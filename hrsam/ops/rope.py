@@ -43,6 +43,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos + odd * sin, odd * cos - even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
+def turns(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """``cos`` and ``sin`` (places, D / 2) as the kernels read them for rows of ``dtype``: (places, D), in pairs.
+
+    Half precision for 16-bit rows: 2⁻¹² of a cosine is well below what rounding the rotated row costs.
+    """
+    kept = torch.float32 if dtype == torch.float32 else torch.float16
+    return torch.stack((cos, sin), dim=-1).flatten(-2).to(kept).contiguous()
+
+
+@lru_cache(maxsize=64)
+def position_turns(rope: Rope, rows: int, cols: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """:func:`turns` for all positions of a grid in row-major order."""
+    return turns(*position_table(rope, rows, cols, head_dim, device, torch.float32), dtype)
+
+
 @lru_cache(maxsize=64)
 def position_table(rope: Rope, rows: int, cols: int, head_dim: int, device: torch.device, dtype: torch.dtype):
     """``cos`` and ``sin`` (rows · cols, head_dim / 2) for all positions of a grid in row-major order."""

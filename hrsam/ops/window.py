@@ -34,7 +34,7 @@ from torch import Tensor
 from hrsam.kernels import resolve_impl
 from hrsam.layout import Layout
 from hrsam.ops.attend import NOBODY, PADDING, Plan, check_heads, make_plan, operator
-from hrsam.ops.rope import Rope, angles, position_table, rotate
+from hrsam.ops.rope import Rope, angles, position_table, position_turns, rotate
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ def _in_tiles(values: Tensor, tile: int, fill: int) -> Tensor:
     return F.pad(values, (0, -len(values) % tile), value=fill).view(-1, tile)
 
 
-def _table(numbers, rope, head_dim, device):
-    return position_table(Rope(*rope), numbers[0], numbers[0], head_dim, device, torch.float32)
+def _turns(numbers, rope, head_dim, device, dtype):
+    return position_turns(Rope(*rope), numbers[0], numbers[0], head_dim, device, dtype)
 
 
-window_operator = operator("window_attention", tile_plan, _table)
+window_operator = operator("window_attention", tile_plan, _turns)
 
 
 def triton_window_attention(q, k, v, layout, *, rope, window, shift, pad_kv):
