@@ -184,8 +184,8 @@ def compile_parts(decoder: bool) -> None:
     if decoder:
         whole = torch.compile(MaskDecoder.forward)
 
-        def decode(self, image, image_pe, sparse, dense, masks=(0,)):
+        def decode(self, image, image_pe, sparse, dense, masks=(0,), real=None):
             torch._dynamo.mark_dynamic(sparse, 1)
-            return whole(self, image, image_pe, sparse, dense, masks)
+            return whole(self, image, image_pe, sparse, dense, masks, real)
 
         MaskDecoder.forward = decode

@@ -77,16 +77,19 @@ def neighbours() -> str:
 
 def user() -> str:
     """Time of the simulated user and the metric."""
-    report = read("simulated_user_cpu")
+    report, gpu = read("simulated_user_cpu"), read("simulated_user_h100")
     lines = [
         f"| simulated user and IoU, {report['side']} x {report['side']} px | median | slowest | aim |",
         "|---|---|---|---|",
         f"| hrsam | {report['median_ms']['ours']:.0f} ms | {report['worst_ms']['ours']:.0f} ms | ≤ {report['aim_ms']} ms |",
         f"| OpenCV and NumPy, two transforms of the whole picture | {report['median_ms']['plain']:.0f} ms "
         f"| {report['worst_ms']['plain']:.0f} ms | |",
+        f"| hrsam on {gpu['device']}, everything on the card | {gpu['median_ms']['ours']:.1f} ms | {gpu['worst_ms']['ours']:.1f} ms "
+        f"| ≤ {gpu['aim_ms']} ms |",
         "",
-        f"{report['cores']} cores; {report['same_click']} of {report['clicks']} clicks the same, ratio {report['ratio']}. "
-        f"Measured {report['date']}: `{report['command']}`.",
+        f"{report['cores']} cores; {report['same_click']} of {report['clicks']} clicks the same, ratio {report['ratio']} "
+        f"(GPU: {gpu['same_click']} of {gpu['clicks']}, ratio {gpu['ratio']} to the same on its {gpu['cores']} cores). "
+        f"Measured {report['date']} and {gpu['date']}: `{report['command']}` and with `--device cuda`.",
     ]
     return "\n".join(lines)
 
@@ -105,7 +108,61 @@ def speed() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"accuracy": accuracy, "neighbours": neighbours, "speed": speed, "user": user}
+ENCODER_AIMS = {"hrsam_b": {1024: 5, 2048: 5, 4096: 5}, "hrsam_pp_b": {1024: 5, 2048: 6, 4096: 6.5}}
+CLICK_AIMS = {64: 1.0, 128: 1.5, 256: 3.0}
+
+
+def measured(report: dict) -> str:
+    versions = ", ".join(
+        f"{name} {report['versions'][name]}" for name in ("torch", "triton", "mamba-ssm") if name in report["versions"]
+    )
+    ceilings = report["ceilings"]
+    return (
+        f"{report['dtype']}, batch 1. Measured {report['date']} on {report['device']} (copy {ceilings['copy_tbs']:.1f} TB/s, "
+        f"bf16 product {ceilings['matmul_tflops']:.0f} TFLOP/s), {versions}: `{report['command']}`."
+    )
+
+
+def encoder_gpu() -> str:
+    """Encoder on a GPU beside the reference's data flow."""
+    report = read("bench_encoder_gpu")
+    lines = [
+        "| encoder | picture | optimized | eager | reference's data flow | ratio | aim | TFLOP/s | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    found: dict[tuple[str, int], dict[str, dict]] = {}
+    for row in report["rows"]:
+        found.setdefault((row["preset"], row["side"]), {})[row["name"]] = row
+    for (preset, side), rows in found.items():
+        ours, eager, reference = rows["ours optimized"], rows["ours eager"], rows["reference flow, mamba scan"]
+        lines.append(
+            f"| `{preset}` | {side} px | {ours['median_ms']:.1f} ms | {eager['median_ms']:.1f} ms | {reference['median_ms']:.1f} ms "
+            f"| {ours['ratio']:.1f} | ≥ {ENCODER_AIMS[preset][side]} | {ours['tflops']:.0f} | {ours['peak_gib']:.1f} GiB |"
+        )
+    return "\n".join([*lines, "", measured(report)])
+
+
+def click_gpu() -> str:
+    """One click on a GPU."""
+    report = read("bench_click_gpu")
+    lines = ["| picture | clicks so far | optimized | eager | aim |", "|---|---|---|---|---|"]
+    found: dict[tuple[int, int], dict[str, dict]] = {}
+    for row in report["rows"]:
+        found.setdefault((row["grid"], row["clicks"]), {})[row["name"]] = row
+    for (grid, clicks), rows in found.items():
+        ours, eager = (rows[name]["median_ms"] for name in ("ours optimized", "ours eager"))
+        lines.append(f"| {16 * grid} px | {clicks} | {ours:.2f} ms | {eager:.2f} ms | ≤ {CLICK_AIMS[grid]} ms |")
+    return "\n".join([*lines, "", measured(report)])
+
+
+TABLES = {
+    "accuracy": accuracy,
+    "neighbours": neighbours,
+    "speed": speed,
+    "user": user,
+    "encoder": encoder_gpu,
+    "click": click_gpu,
+}
 
 
 def render(text: str) -> str:

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton's compiler has no unpacking in tuples)
 """Device code of attention over a plan: ``hrsam.ops.attend`` has the definition, ``kernels/attend.py`` launches it.
 
 Forward: a program owns one tile of queries of one head and walks over the tiles of keys in the plan's lists, FULL tiles in

@@ -92,7 +92,8 @@ class Encoder(nn.Module):
         copy.frozen_dtype = dtype
         for module in copy.modules():
             if isinstance(module, Attention):
-                module.frozen_pad = tuple(t.to(dtype) for t in module.pad_kv())
+                key, value = module.pad_kv()
+                module.frozen_pad = key.to(dtype), value.to(dtype)
         for module in copy.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(dtype)
@@ -242,7 +243,10 @@ class Encoder(nn.Module):
 
     def _frozen_lateral(self, stage: int, full: Tensor, anchor: Tensor) -> Tensor:
         """The lateral of both maps side by side, without putting them there."""
-        linear, norm = self.laterals[stage]
+        lateral = self.laterals[stage]
+        assert isinstance(lateral, nn.Sequential)
+        linear, norm = lateral
+        assert isinstance(linear, nn.Linear)
         first, second = linear.weight.split(full.shape[-1], dim=1)
         return norm(F.linear(full, first) + F.linear(anchor, second))
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrsam.kernels import has_triton
-from hrsam.models.decoder import MaskDecoder
+from hrsam.models.decoder import MaskDecoder, TwoWayLayer
 from hrsam.models.encoder import Encoder
 from hrsam.models.prompt import NOBODY, PromptEncoder
 
@@ -116,20 +116,19 @@ class FastDecoder:
     """
 
     def __init__(self, prompts: PromptEncoder, decoder: MaskDecoder, dtype: torch.dtype, compiled: bool, graphs: bool):
-        self.prompts, self.decoder = (deepcopy(part).eval().requires_grad_(False) for part in (prompts, decoder))
+        self.prompts: PromptEncoder = deepcopy(prompts).eval().requires_grad_(False)
+        self.decoder: MaskDecoder = deepcopy(decoder).eval().requires_grad_(False)
         for module in self.decoder.modules():
             if isinstance(module, (nn.Linear, nn.ConvTranspose2d)):
                 module.to(dtype)
         self.dtype = dtype
         cuda = prompts.no_mask_embed.weight.is_cuda
-        layers = self.decoder.transformer.layers
-        for layer in layers:
-            layer.update_image = _normed_sum(layer.norm4, dtype, compiled)
-        for attention in (
-            *(layer.cross_attn_token_to_image for layer in layers),
-            self.decoder.transformer.final_attn_token_to_image,
-        ):
-            attention.split = cuda and has_triton()
+        split = cuda and has_triton()
+        self.decoder.transformer.final_attn_token_to_image.split = split
+        for layer in self.decoder.transformer.layers:
+            assert isinstance(layer, TwoWayLayer)
+            layer.update_image = _normed_sum(layer.norm4, dtype, compiled)  # type: ignore[method-assign]
+            layer.cross_attn_token_to_image.split = split
         self._dense = self.prompts.dense
         if compiled:  # what is done for every cell of the image; few prompt tokens gain nothing
             self._dense = torch.compile(self.prompts.dense, dynamic=False)

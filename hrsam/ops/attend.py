@@ -132,10 +132,24 @@ def make_plan(
         covers &= real.numel() == tokens
     groups, group_keys = ([], 0) if runs else _groups(full, partial, len(k_tokens))
     return Plan(
-        *tiles, tokens, runs, *map(ready, (q_tokens, k_tokens, q_places, k_places, q_labels, k_labels)),
-        tuple(map(ready, lists)), tuple(map(ready, transposed)), ready(torch.tensor(groups).view(-1, 3)), group_keys,
-        covers, bool((slots[1] == PADDING).any()), bool((slots[1] == NOBODY).any()),
-    )  # fmt: skip
+        tile_q=tiles[0],
+        tile_k=tiles[1],
+        tokens=tokens,
+        runs=runs,
+        q_tokens=ready(q_tokens),
+        k_tokens=ready(k_tokens),
+        q_places=ready(q_places),
+        k_places=ready(k_places),
+        q_labels=ready(q_labels),
+        k_labels=ready(k_labels),
+        lists=tuple(map(ready, lists)),  # type: ignore[arg-type]
+        transposed=tuple(map(ready, transposed)),  # type: ignore[arg-type]
+        groups=ready(torch.tensor(groups).view(-1, 3)),
+        group_keys=group_keys,
+        covers=covers,
+        padded=bool((slots[1] == PADDING).any()),
+        gaps=bool((slots[1] == NOBODY).any()),
+    )
 
 
 def unrolled(runs: Tensor, tile: int) -> Tensor:
@@ -184,11 +198,12 @@ def naive_attend(q, k, v, plan, *, table=None, pad_kv=None, bias=None, scale=Non
     out = torch.zeros(len(q), q.shape[1], v.shape[2], dtype=work, device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=work, device=q.device)
     q_slots, k_slots = (t.tolist() for t in plan.slots)
+    pads = [t.to(work) for t in pad_kv or ()]
 
     def turned(x, place):
         if table is None:
             return x
-        cos, sin = (t[place].to(work) for t in table)
+        cos, sin = table[0][place].to(work), table[1][place].to(work)
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack((even * cos + odd * sin, odd * cos - even * sin), -1).flatten(-2)
 
@@ -202,7 +217,7 @@ def naive_attend(q, k, v, plan, *, table=None, pad_kv=None, bias=None, scale=Non
                         continue
                     if plan.labelled and plan.q_labels[tile, slot] != plan.k_labels[other, at] and other in partial:
                         continue
-                    row_k, row_v = (k[key], v[key]) if key >= 0 else (t.to(work) for t in pad_kv)
+                    row_k, row_v = (k[key], v[key]) if key >= 0 else pads
                     keys.append(turned(row_k, plan.k_places[other, at]) if table is not None else row_k)
                     values.append(row_v)
                     extra.append(bias[key].to(work) if bias is not None and key >= 0 else q.new_zeros(q.shape[1]))
@@ -299,7 +314,8 @@ def operator(
         kernel, plan, table, options = prepare(q, v, pad_k, numbers, rope, True)
         inputs = kernel.Inputs(q, k, v, table, pad_k, pad_v, None)
         d_q, d_k, d_v, d_pad_k, d_pad_v, _ = kernel.backward(inputs, plan, scale, *options, out, lse, d_out, None)
-        return d_q, d_k, d_v, *(q.new_zeros(0) if t is None else t for t in (d_pad_k, d_pad_v))
+        d_pad_k, d_pad_v = (q.new_zeros(0) if t is None else t for t in (d_pad_k, d_pad_v))
+        return d_q, d_k, d_v, d_pad_k, d_pad_v
 
     @backward.register_fake
     def _(q, k, v, pad_k, pad_v, out, lse, d_out, numbers, rope, scale):

@@ -60,8 +60,8 @@ def torch_full_attention(q, k, v, layout, *, rope):
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     out = []
     for start, end in pairwise(layout.image_starts):
-        one = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-        out.append(F.scaled_dot_product_attention(*one)[0].transpose(0, 1))
+        one, keys, values = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        out.append(F.scaled_dot_product_attention(one, keys, values)[0].transpose(0, 1))
     return torch.cat(out)
 
 
