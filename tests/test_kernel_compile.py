@@ -56,6 +56,7 @@ INDEX = "q_tokens k_tokens q_places k_places q_labels k_labels full_ptr full_idx
 def attend(dtype, D, **flags):
     note = f"{NAMES[dtype]} {D} {flags}"
     types = {n: "*" + NAMES[dtype] for n in "q k v pad_k pad_v out d_out d_k d_v d_q".split()}
+    types |= {"turns": "*fp32" if dtype == torch.float32 else "*fp16"}
     types |= {n: "*i32" for n in INDEX} | {"scale": "fp32", "softmax_scale": "fp32"}
     heads = 12
     sizes = {"q_row": 3 * heads * D, "q_head": D, "k_row": 3 * heads * D, "k_head": D, "v_row": 3 * heads * D, "v_head": D}

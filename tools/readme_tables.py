@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "tools" / "reports"
@@ -84,8 +85,8 @@ def user() -> str:
         f"| hrsam | {report['median_ms']['ours']:.0f} ms | {report['worst_ms']['ours']:.0f} ms | ≤ {report['aim_ms']} ms |",
         f"| OpenCV and NumPy, two transforms of the whole picture | {report['median_ms']['plain']:.0f} ms "
         f"| {report['worst_ms']['plain']:.0f} ms | |",
-        f"| hrsam on {gpu['device']}, everything on the card | {gpu['median_ms']['ours']:.1f} ms | {gpu['worst_ms']['ours']:.1f} ms "
-        f"| ≤ {gpu['aim_ms']} ms |",
+        f"| hrsam on {gpu['device']}, everything on the card | {gpu['median_ms']['ours']:.1f} ms "
+        f"| {gpu['worst_ms']['ours']:.1f} ms | ≤ {gpu['aim_ms']} ms |",
         "",
         f"{report['cores']} cores; {report['same_click']} of {report['clicks']} clicks the same, ratio {report['ratio']} "
         f"(GPU: {gpu['same_click']} of {gpu['clicks']}, ratio {gpu['ratio']} to the same on its {gpu['cores']} cores). "
@@ -112,47 +113,70 @@ ENCODER_AIMS = {"hrsam_b": {1024: 5, 2048: 5, 4096: 5}, "hrsam_pp_b": {1024: 5, 
 CLICK_AIMS = {64: 1.0, 128: 1.5, 256: 3.0}
 
 
-def measured(report: dict) -> str:
-    versions = ", ".join(
-        f"{name} {report['versions'][name]}" for name in ("torch", "triton", "mamba-ssm") if name in report["versions"]
-    )
-    ceilings = report["ceilings"]
+def measured(report: dict[str, Any]) -> str:
+    versions = [f"{n} {report['versions'][n]}" for n in ("torch", "triton", "mamba-ssm") if report["versions"].get(n)]
+    copy, product = report["ceilings"]["copy_tb_s"], report["ceilings"]["bf16_tflops"]
     return (
-        f"{report['dtype']}, batch 1. Measured {report['date']} on {report['device']} (copy {ceilings['copy_tbs']:.1f} TB/s, "
-        f"bf16 product {ceilings['matmul_tflops']:.0f} TFLOP/s), {versions}: `{report['command']}`."
+        f"Measured {report['date']} on {report['device']} (copy {copy:.1f} TB/s, bf16 product {product:.0f} TFLOP/s), "
+        f"{', '.join(versions)}, commit {report['commit'][:7]}: `{report['command']}`."
     )
 
 
-def encoder_gpu() -> str:
+def grouped(report: dict[str, Any], *keys: str) -> dict[tuple, dict[str, dict[str, Any]]]:
+    """Rows of a bench by some of their fields, then by what was timed."""
+    found: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in report["rows"]:
+        found.setdefault(tuple(row.get(key) for key in keys), {})[row["name"]] = row
+    return found
+
+
+def encoder() -> str:
     """Encoder on a GPU beside the reference's data flow."""
     report = read("bench_encoder_gpu")
     lines = [
         "| encoder | picture | optimized | eager | reference's data flow | ratio | aim | TFLOP/s | peak memory |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    found: dict[tuple[str, int], dict[str, dict]] = {}
-    for row in report["rows"]:
-        found.setdefault((row["preset"], row["side"]), {})[row["name"]] = row
-    for (preset, side), rows in found.items():
-        ours, eager, reference = rows["ours optimized"], rows["ours eager"], rows["reference flow, mamba scan"]
+    for (preset, side), rows in grouped(report, "preset", "side").items():
+        ours = rows["ours optimized"]
+        times = [rows[n]["median_ms"] for n in ("ours optimized", "ours eager", "reference flow, mamba scan")]
         lines.append(
-            f"| `{preset}` | {side} px | {ours['median_ms']:.1f} ms | {eager['median_ms']:.1f} ms | {reference['median_ms']:.1f} ms "
-            f"| {ours['ratio']:.1f} | ≥ {ENCODER_AIMS[preset][side]} | {ours['tflops']:.0f} | {ours['peak_gib']:.1f} GiB |"
+            f"| `{preset}` | {side} px | " + " | ".join(f"{ms:.1f} ms" for ms in times) + f" | {ours['ratio']:.1f} "
+            f"| ≥ {ENCODER_AIMS[preset][side]} | {ours['tflops']:.0f} | {ours['peak_gib']:.1f} GiB |"
         )
-    return "\n".join([*lines, "", measured(report)])
+    return "\n".join([*lines, "", f"{report['dtype']}, batch 1. {measured(report)}"])
 
 
-def click_gpu() -> str:
+def click() -> str:
     """One click on a GPU."""
     report = read("bench_click_gpu")
-    lines = ["| picture | clicks so far | optimized | eager | aim |", "|---|---|---|---|---|"]
-    found: dict[tuple[int, int], dict[str, dict]] = {}
-    for row in report["rows"]:
-        found.setdefault((row["grid"], row["clicks"]), {})[row["name"]] = row
-    for (grid, clicks), rows in found.items():
+    lines = ["| picture | clicks | optimized | eager | aim |", "|---|---|---|---|---|"]
+    for (grid, clicks), rows in grouped(report, "grid", "clicks").items():
         ours, eager = (rows[name]["median_ms"] for name in ("ours optimized", "ours eager"))
         lines.append(f"| {16 * grid} px | {clicks} | {ours:.2f} ms | {eager:.2f} ms | ≤ {CLICK_AIMS[grid]} ms |")
-    return "\n".join([*lines, "", measured(report)])
+    return "\n".join([*lines, "", f"`hrsam_pp_b`, {report['dtype']}, batch 1. {measured(report)}"])
+
+
+def operations() -> str:
+    """Attention, scan and a training step beside what can be installed."""
+    lines = ["| operation | pass | ours | beside | ratio | aim |", "|---|---|---|---|---|---|"]
+
+    def add(what: str, rows: dict[str, dict[str, Any]], ours: str, other: str, aim: str) -> None:
+        a, b = rows[ours]["median_ms"], rows[other]["median_ms"]
+        lines.append(f"| {what} | {rows[ours]['pass']} | {a:.3g} ms | {other}: {b:.3g} ms | {b / a:.2f} | {aim} |")
+
+    attention, scan, step = (read(f"bench_{name}_gpu") for name in ("attention", "scan", "train_step"))
+    for (kind, tokens, shift, what), rows in grouped(attention, "attention", "tokens", "shift", "pass").items():
+        where = f"{kind} attention" if shift is None else f"windows of 256, shift {shift}, positions and padding inside"
+        first = what == "forward"
+        for other, aim in (("SDPA flash", "≥ 1"), ("SDPA cuDNN", "≥ 0.87" if shift is None else "≥ 1")):
+            add(f"{where}, {tokens:,} tokens", rows, "ours", other, aim if first else "–")
+    for (tokens, dtype, what), rows in grouped(scan, "tokens", "dtype", "pass").items():
+        aim = "≥ 6" if what == "forward" else "–"
+        add(f"cycle scan, {tokens:,} tokens, {dtype}", rows, "ours", "mamba-ssm, sequence repeated", aim)
+    for (preset, side), rows in grouped(step, "preset", "side").items():
+        add(f"`{preset}`, {side} px", rows, "ours compiled, CUDA graph", "reference flow, triton scan", "≥ 4")
+    return "\n".join([*lines, "", *(measured(report) for report in (attention, scan, step))])
 
 
 TABLES = {
@@ -160,8 +184,9 @@ TABLES = {
     "neighbours": neighbours,
     "speed": speed,
     "user": user,
-    "encoder": encoder_gpu,
-    "click": click_gpu,
+    "encoder": encoder,
+    "click": click,
+    "operations": operations,
 }
 
 

@@ -18,7 +18,6 @@ from hrsam.kernels import cycle_scan_device as programs
 CHUNK = 16  # tokens of a chunk of the backward pass; a lane of B3 keeps 5 values a token in registers
 LANES = 32  # channels of a program of B1 and B3, one warp
 SCAN_LANES = 64  # channels of a program of F1 and F3, one warp
-UNROLL = 1  # tokens of F1 and F3 in one piece of straight code
 CHAIN_LANES, CHAIN_WARPS = 16, 4  # channels and warps of F2 and B2, whose programs hold all states
 CHAIN_AHEAD = 8  # chunks that F2 and B2 load before they use them
 
@@ -80,7 +79,7 @@ def _scan_chunks(inputs, states, elapsed, y, sizes, outputs):
     u, r, B, C = inputs[:4]
     programs.scan_chunks[triton.cdiv(sizes["channels"], SCAN_LANES), len(inputs[8])](
         *inputs, states, elapsed, y, u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes,
-        BC=SCAN_LANES, OUTPUTS=outputs, UNROLL=UNROLL, num_warps=1,
+        BC=SCAN_LANES, OUTPUTS=outputs, num_warps=1,
     )  # fmt: skip
 
 

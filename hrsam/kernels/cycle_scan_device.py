@@ -89,7 +89,7 @@ def _place(chunks, channels: tl.constexpr, BC: tl.constexpr):
 def scan_chunks(
     u, r, B, C, dt_bias, A_log, D, gamma, chunks, states, elapsed, y,
     u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, channels: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, OUTPUTS: tl.constexpr, UNROLL: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """F1, chunks of any length: ``states`` (chunks, N, Ch) gets the end state from zero, ``elapsed`` (chunks, Ch) the sum of
     Δ.  With ``OUTPUTS`` F3: from the states that chunks are entered with to ``y`` (T, Ch).
@@ -123,7 +123,7 @@ def scan_chunks(
             hs = hs + (tl.zeros((BC,), tl.float32),)
     u_next = tl.load(u + c, live, other=0.0)  # one token ahead
     r_next = tl.load(r + c, live, other=0.0)
-    for t in tl.range(0, count, loop_unroll_factor=UNROLL):
+    for t in range(0, count):
         value = u_next.to(tl.float32)
         if OUTPUTS:
             value = value * gain
