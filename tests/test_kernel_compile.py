@@ -16,7 +16,7 @@ import json, pathlib, re, subprocess, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hrsam.kernels import attend as a, attend_device as p, cycle_scan as s, distance as d
+from hrsam.kernels import attend as a, attend_device as p, attend_gradients as g, cycle_scan as s, distance as d
 
 capability, folder, whole = int(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3] == "whole"
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -69,7 +69,7 @@ def attend(dtype, D, **flags):
         check(p.attend_groups, sizes | {"BM": forward.queries, "BN": forward.keys}, types, "*fp32", forward.warps, 1, note)
     check(p.attend, sizes | {"BM": forward.queries, "BN": forward.keys}, types, "*fp32", forward.warps, forward.stages, note)
     sizes |= {"BM": backward.queries, "BN": backward.keys}
-    for kernel in (p.key_gradients, p.query_gradients):
+    for kernel in (g.key_gradients, g.query_gradients):
         check(kernel, sizes, types, "*fp32", backward.warps, backward.stages, note)
 
 scan("bf16")

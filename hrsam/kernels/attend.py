@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from hrsam.kernels import attend_device as programs
+from hrsam.kernels import attend_gradients as gradients
 
 
 class Tiles(NamedTuple):
@@ -143,11 +144,11 @@ def backward(
     scales = scale * math.log2(math.e), scale
     saved, options = (*_pointers(x), d_out, lse, delta), {"num_warps": warps, "num_stages": stages}
     with torch.cuda.device_of(x.q):
-        programs.key_gradients[len(plan.k_tokens), key_heads](
+        gradients.key_gradients[len(plan.k_tokens), key_heads](
             *saved, d_k, d_v, delta if d_bias is None else d_bias, d_pad_k, d_pad_v,
             *_tables(plan), *plan.transposed, *scales, **_constants(x, plan), **options,
         )  # fmt: skip
-        programs.query_gradients[len(plan.q_tokens), heads](
+        gradients.query_gradients[len(plan.q_tokens), heads](
             *saved, d_q, *_tables(plan), *plan.lists, *scales, **_constants(x, plan), **options
         )
     if inputs.pad_k is None or inputs.pad_v is None:

@@ -1,10 +1,9 @@
 # ruff: noqa: RUF005 (Triton's compiler has no unpacking in tuples)
 """Device code of attention over a plan: ``hrsam.ops.attend`` has the definition, ``kernels/attend.py`` launches it.
 
-Forward: a program owns one tile of queries of one head and walks over the tiles of keys in the plan's lists, FULL tiles in
-one loop without any mask, then PARTIAL tiles in a second one, with an online softmax in powers of two.  Backward: one
-program a tile of keys walks over the transposed lists (gradients of keys, values and bias), one a tile of queries over
-the lists again (gradient of queries); both compute the weights anew from the log-sum-exp.
+Here the forward pass and what tiles are made of; ``attend_gradients.py`` has the backward pass.  A program owns one tile of
+queries of one head and walks over the tiles of keys in the plan's lists, FULL tiles in one loop without any mask, then
+PARTIAL tiles in a second one, with an online softmax in powers of two.
 
 Rows are fetched by token number, so no order of tokens needs a copy.  With rotary positions a tile is held as its even
 and its odd channels: both are rotated where they lie, and a product of rotated rows is the sum of two products of half
@@ -111,6 +110,37 @@ def _labels(table, tile, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _keys(
+    tile, k, v, turns, pad_k, pad_v, k_tokens, k_places, k_row, v_row,
+    BN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, ROPE: tl.constexpr,
+    MASKED: tl.constexpr, PAD: tl.constexpr, RUNS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Tokens, keys (both halves) and values of a tile."""
+    tokens = _tokens(k_tokens, tile, BN, RUNS, RAGGED)
+    ka, kb = _halves(k, tokens, k_row, pad_k, turns, k_places, tile, BN, D, DP, ROPE, MASKED, PAD)
+    values = _rows(v, tokens, v_row, DV, DVP, MASKED)
+    if PAD:
+        values = _with_padding(values, tokens, pad_v, DV, DVP)
+    return tokens, ka, kb, values
+
+
+@triton.jit
+def _biased(scores, bias, tokens, bias_row, scale):
+    """Scaled scores and each key's bias, in powers of two."""
+    added = tl.load(bias + tokens.to(tl.int64) * bias_row, tokens >= 0, other=0.0) * LOG2E
+    return scores * scale + added[None, :]
+
+
+@triton.jit
+def _allowed(tokens, q_label, k_labels, tile, BN: tl.constexpr, LABELS: tl.constexpr):
+    """Which keys of a PARTIAL tile each query reads."""
+    allowed = (tokens > -2)[None, :]
+    if LABELS:
+        allowed = allowed & (q_label[:, None] == _labels(k_labels, tile, BN)[None, :])
+    return allowed
+
+
+@triton.jit
 def _join(scores, values, m, total, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One tile's scores and values join the running maximum, sum and output."""
     higher = tl.maximum(m, tl.max(scores, 1) * scale)  # scale is positive
@@ -144,21 +174,16 @@ def _visit(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys joins the running maximum, sum and output."""
-    tokens = _tokens(k_tokens, tile, BN, RUNS, MASKED)
-    ka, kb = _halves(k, tokens, k_row, pad_k, turns, k_places, tile, BN, D, DP, ROPE, MASKED, PAD and MASKED)
+    tokens, ka, kb, values = _keys(
+        tile, k, v, turns, pad_k, pad_v, k_tokens, k_places, k_row, v_row,
+        BN, D, DP, DV, DVP, ROPE, MASKED, PAD and MASKED, RUNS, MASKED,
+    )  # fmt: skip
     scores = _product(qa, qb, ka, kb, ROPE, PRECISION)
     if BIAS:
-        live = tokens >= 0
-        scores = scores * scale + (tl.load(bias + tokens.to(tl.int64) * bias_row, live, other=0.0) * LOG2E)[None, :]
+        scores = _biased(scores, bias, tokens, bias_row, scale)
         scale = 1.0
     if MASKED:
-        allowed = (tokens > -2)[None, :]
-        if LABELS:
-            allowed = allowed & (q_label[:, None] == _labels(k_labels, tile, BN)[None, :])
-        scores = tl.where(allowed, scores, -float("inf"))
-    values = _rows(v, tokens, v_row, DV, DVP, MASKED)
-    if PAD and MASKED:
-        values = _with_padding(values, tokens, pad_v, DV, DVP)
+        scores = tl.where(_allowed(tokens, q_label, k_labels, tile, BN, LABELS), scores, -float("inf"))
     return _join(scores, values, m, total, acc, scale, MASKED, PRECISION)
 
 
@@ -227,11 +252,10 @@ def attend_groups(
     kbs = ()
     all_values = ()
     for j in tl.static_range(KEYS):
-        k_tok = _tokens(k_tokens, key_tile + j, BN, False, False)
-        ka, kb = _halves(k, k_tok, k_row, pad_k, turns, k_places, key_tile + j, BN, D, DP, ROPE, GAPS, PAD)
-        values = _rows(v, k_tok, v_row, DV, DVP, GAPS)
-        if PAD:
-            values = _with_padding(values, k_tok, pad_v, DV, DVP)
+        k_tok, ka, kb, values = _keys(
+            key_tile + j, k, v, turns, pad_k, pad_v, k_tokens, k_places, k_row, v_row,
+            BN, D, DP, DV, DVP, ROPE, GAPS, PAD, False, False,
+        )  # fmt: skip
         k_toks = k_toks + (k_tok,)
         kas = kas + (ka,)
         kbs = kbs + (kb,)
@@ -246,193 +270,7 @@ def attend_groups(
         for j in tl.static_range(KEYS):
             scores = _product(qa, qb, kas[j], kbs[j], ROPE, PRECISION)
             if MASKED:
-                allowed = (k_toks[j] > -2)[None, :]
-                if LABELS:
-                    allowed = allowed & (q_label[:, None] == _labels(k_labels, key_tile + j, BN)[None, :])
+                allowed = _allowed(k_toks[j], q_label, k_labels, key_tile + j, BN, LABELS)
                 scores = tl.where(allowed, scores, -float("inf"))
             m, total, acc = _join(scores, all_values[j], m, total, acc, scale, MASKED, PRECISION)
         _finish(out, lse, tokens, m, total, acc, heads, head, BM, DV, DVP)
-
-
-@triton.jit
-def _query_statistics(lse, delta, tokens, heads: tl.constexpr, head):
-    """Log-sum-exp in powers of two, +inf where a slot holds no query or a query has no keys, and Δ."""
-    real = tokens >= 0
-    at = tokens.to(tl.int64) * heads + head
-    found = tl.load(lse + at, real, other=-float("inf"))
-    return tl.where(found == -float("inf"), float("inf"), found * LOG2E), tl.load(delta + at, real, other=0.0)
-
-
-@triton.jit
-def _visit_query(
-    tile, ka, kb, values, k_tokens, k_label, k_bias, dka, dkb, dv, d_bias,
-    q, d_out, lse, delta, turns, q_tokens, q_places, q_labels, q_row, heads: tl.constexpr, head, scale,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, ROPE: tl.constexpr,
-    LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    tokens = _tokens(q_tokens, tile, BM, RUNS, True)
-    qa, qb = _halves(q, tokens, q_row, q, turns, q_places, tile, BM, D, DP, ROPE, True, False)
-    level, shift = _query_statistics(lse, delta, tokens, heads, head)
-    scores = _product(ka, kb, qa, qb, ROPE, PRECISION) * scale
-    if BIAS:
-        scores += k_bias[:, None]
-    weights = tl.exp2(scores - level[None, :])
-    if MASKED:
-        allowed = (k_tokens > -2)[:, None]
-        if LABELS:
-            allowed = allowed & (k_label[:, None] == _labels(q_labels, tile, BM)[None, :])
-        weights = tl.where(allowed, weights, 0.0)
-    grad = _rows(d_out, tokens, heads * DV, DV, DVP, True)
-    dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision=PRECISION)
-    ds = weights * (tl.dot(values, tl.trans(grad), input_precision=PRECISION) - shift[None, :])
-    if BIAS:
-        d_bias += tl.sum(ds, 1)
-    ds = ds.to(qa.dtype)
-    dka = tl.dot(ds, qa, dka, input_precision=PRECISION)
-    if ROPE:
-        dkb = tl.dot(ds, qb, dkb, input_precision=PRECISION)
-    return dka, dkb, dv, d_bias
-
-
-@triton.jit
-def key_gradients(
-    q, k, v, bias, turns, pad_k, pad_v, d_out, lse, delta, d_k, d_v, d_bias, d_pad_k, d_pad_v,
-    q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, full_ptr, full_idx, part_ptr, part_idx, scale,
-    softmax_scale,
-    q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
-    v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    ROPE: tl.constexpr, PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``d_k`` (T, key heads, D), ``d_v``, ``d_bias`` (T, heads) and, a tile and key head, sums over padding slots
-    ``d_pad_k``, ``d_pad_v``.  The lists are the transposed ones."""
-    tile, key_head = tl.program_id(0), tl.program_id(1)
-    key_heads: tl.constexpr = heads // GROUP
-    tokens = _tokens(k_tokens, tile, BN, RUNS, True)
-    real = tokens >= 0
-    d = tl.arange(0, DP)
-    e = tl.arange(0, DVP)
-    ka, kb = _halves(
-        k + key_head * k_head, tokens, k_row, pad_k + key_head * D, turns, k_places, tile,
-        BN, D, DP, ROPE, True, PAD,
-    )  # fmt: skip
-    values = _rows(v + key_head * v_head, tokens, v_row, DV, DVP, True)
-    if PAD:
-        values = _with_padding(values, tokens, pad_v + key_head * DV, DV, DVP)
-    k_label = _labels(k_labels, tile, BN) if LABELS else tokens
-    HALF: tl.constexpr = DP // 2 if ROPE else DP
-    dka = tl.zeros((BN, HALF), tl.float32)
-    dkb = tl.zeros((BN, HALF), tl.float32)
-    dv = tl.zeros((BN, DVP), tl.float32)
-    for member in range(GROUP):
-        head = key_head * GROUP + member
-        at_bias = tokens.to(tl.int64) * heads + head
-        k_bias = tl.load(bias + at_bias, real, other=0.0) * LOG2E if BIAS else tokens
-        d_bias_row = tl.zeros((BN,), tl.float32)
-        for at in range(tl.load(full_ptr + tile), tl.load(full_ptr + tile + 1)):
-            dka, dkb, dv, d_bias_row = _visit_query(
-                tl.load(full_idx + at), ka, kb, values, tokens, k_label, k_bias, dka, dkb, dv, d_bias_row,
-                q + head * q_head, d_out + head * DV, lse, delta, turns, q_tokens, q_places, q_labels, q_row,
-                heads, head, scale, D, DP, DV, DVP, BM, ROPE, LABELS, BIAS, RUNS, False, PRECISION,
-            )  # fmt: skip
-        for at in range(tl.load(part_ptr + tile), tl.load(part_ptr + tile + 1)):
-            dka, dkb, dv, d_bias_row = _visit_query(
-                tl.load(part_idx + at), ka, kb, values, tokens, k_label, k_bias, dka, dkb, dv, d_bias_row,
-                q + head * q_head, d_out + head * DV, lse, delta, turns, q_tokens, q_places, q_labels, q_row,
-                heads, head, scale, D, DP, DV, DVP, BM, ROPE, LABELS, BIAS, RUNS, True, PRECISION,
-            )  # fmt: skip
-        if BIAS:
-            tl.store(d_bias + at_bias, d_bias_row, real)
-    if ROPE:
-        c, s = _angles(turns, k_places, tile, BN, D, DP)
-        dk = _turned_back(dka, dkb, c, s, BN, DP) * softmax_scale
-    else:
-        dk = dka * softmax_scale
-    row = tokens.to(tl.int64) * key_heads + key_head
-    tl.store(d_k + row[:, None] * D + d[None, :], dk.to(d_k.dtype.element_ty), real[:, None] & (d < D)[None, :])
-    tl.store(d_v + row[:, None] * DV + e[None, :], dv.to(d_v.dtype.element_ty), real[:, None] & (e < DV)[None, :])
-    if PAD:
-        on_pad = (tokens == -1)[:, None]
-        slot = tile.to(tl.int64) * key_heads + key_head
-        tl.store(d_pad_k + slot * D + d, tl.sum(tl.where(on_pad, dk, 0.0), 0), d < D)
-        tl.store(d_pad_v + slot * DV + e, tl.sum(tl.where(on_pad, dv, 0.0), 0), e < DV)
-
-
-@triton.jit
-def _visit_key(
-    tile, qa, qb, q_label, grad, level, shift, dqa, dqb,
-    k, v, bias, turns, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, bias_row, scale,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, ROPE: tl.constexpr,
-    PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    tokens = _tokens(k_tokens, tile, BN, RUNS, MASKED)
-    ka, kb = _halves(k, tokens, k_row, pad_k, turns, k_places, tile, BN, D, DP, ROPE, MASKED, PAD and MASKED)
-    values = _rows(v, tokens, v_row, DV, DVP, MASKED)
-    if PAD and MASKED:
-        values = _with_padding(values, tokens, pad_v, DV, DVP)
-    scores = _product(qa, qb, ka, kb, ROPE, PRECISION) * scale
-    if BIAS:
-        live = tokens >= 0
-        scores += (tl.load(bias + tokens.to(tl.int64) * bias_row, live, other=0.0) * LOG2E)[None, :]
-    weights = tl.exp2(scores - level[:, None])
-    if MASKED:
-        allowed = (tokens > -2)[None, :]
-        if LABELS:
-            allowed = allowed & (q_label[:, None] == _labels(k_labels, tile, BN)[None, :])
-        weights = tl.where(allowed, weights, 0.0)
-    ds = weights * (tl.dot(grad, tl.trans(values), input_precision=PRECISION) - shift[:, None])
-    ds = ds.to(ka.dtype)
-    dqa = tl.dot(ds, ka, dqa, input_precision=PRECISION)
-    if ROPE:
-        dqb = tl.dot(ds, kb, dqb, input_precision=PRECISION)
-    return dqa, dqb
-
-
-@triton.jit
-def query_gradients(
-    q, k, v, bias, turns, pad_k, pad_v, d_out, lse, delta, d_q,
-    q_tokens, k_tokens, q_places, k_places, q_labels, k_labels, full_ptr, full_idx, part_ptr, part_idx, scale,
-    softmax_scale,
-    q_row: tl.constexpr, q_head: tl.constexpr, k_row: tl.constexpr, k_head: tl.constexpr,
-    v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    ROPE: tl.constexpr, PAD: tl.constexpr, LABELS: tl.constexpr, BIAS: tl.constexpr, RUNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``d_q`` (T, heads, D)."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    k += head // GROUP * k_head
-    v += head // GROUP * v_head
-    pad_k += head // GROUP * D
-    pad_v += head // GROUP * DV
-    bias += head
-    tokens = _tokens(q_tokens, tile, BM, RUNS, True)
-    qa, qb = _halves(q + head * q_head, tokens, q_row, pad_k, turns, q_places, tile, BM, D, DP, ROPE, True, False)
-    q_label = _labels(q_labels, tile, BM) if LABELS else tokens
-    grad = _rows(d_out + head * DV, tokens, heads * DV, DV, DVP, True)
-    level, shift = _query_statistics(lse, delta, tokens, heads, head)
-    HALF: tl.constexpr = DP // 2 if ROPE else DP
-    dqa = tl.zeros((BM, HALF), tl.float32)
-    dqb = tl.zeros((BM, HALF), tl.float32)
-    for at in range(tl.load(full_ptr + tile), tl.load(full_ptr + tile + 1)):
-        dqa, dqb = _visit_key(
-            tl.load(full_idx + at), qa, qb, q_label, grad, level, shift, dqa, dqb,
-            k, v, bias, turns, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
-            D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, False, PRECISION,
-        )  # fmt: skip
-    for at in range(tl.load(part_ptr + tile), tl.load(part_ptr + tile + 1)):
-        dqa, dqb = _visit_key(
-            tl.load(part_idx + at), qa, qb, q_label, grad, level, shift, dqa, dqb,
-            k, v, bias, turns, pad_k, pad_v, k_tokens, k_places, k_labels, k_row, v_row, heads, scale,
-            D, DP, DV, DVP, BN, ROPE, PAD, LABELS, BIAS, RUNS, True, PRECISION,
-        )  # fmt: skip
-    if ROPE:
-        c, s = _angles(turns, q_places, tile, BM, D, DP)
-        dq = _turned_back(dqa, dqb, c, s, BM, DP) * softmax_scale
-    else:
-        dq = dqa * softmax_scale
-    d = tl.arange(0, DP)
-    at = (tokens.to(tl.int64) * heads + head)[:, None] * D + d[None, :]
-    tl.store(d_q + at, dq.to(d_q.dtype.element_ty), (tokens >= 0)[:, None] & (d < D)[None, :])
