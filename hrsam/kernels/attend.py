@@ -38,7 +38,9 @@ def tiles(head_dim: int, dtype: torch.dtype, backward: bool = False, window: boo
     if head_dim > 256:
         raise ValueError(f"the kernel takes heads of up to 256 channels; got {head_dim}")
     if dtype == torch.float32:
-        return Tiles(64, 32, 4, 1) if head_dim <= 128 else Tiles(32, 16, 4, 1)
+        if head_dim <= 64:
+            return Tiles(32, 32, 4, 1) if backward else Tiles(64, 32, 4, 1)
+        return Tiles(32, 16, 4, 1) if head_dim <= 128 and not backward else Tiles(16, 16, 4, 1)
     if backward:
         if head_dim <= 64:
             return Tiles(64, 64, 4, 2)

@@ -247,16 +247,14 @@ def attend_groups(
     pad_k += head // GROUP * D
     pad_v += head // GROUP * DV
     GAPS: tl.constexpr = PAD or MASKED
-    k_toks = ()
     kas = ()
     kbs = ()
     all_values = ()
     for j in tl.static_range(KEYS):
-        k_tok, ka, kb, values = _keys(
+        _, ka, kb, values = _keys(
             key_tile + j, k, v, turns, pad_k, pad_v, k_tokens, k_places, k_row, v_row,
             BN, D, DP, DV, DVP, ROPE, GAPS, PAD, False, False,
         )  # fmt: skip
-        k_toks = k_toks + (k_tok,)
         kas = kas + (ka,)
         kbs = kbs + (kb,)
         all_values = all_values + (values,)
@@ -270,7 +268,9 @@ def attend_groups(
         for j in tl.static_range(KEYS):
             scores = _product(qa, qb, kas[j], kbs[j], ROPE, PRECISION)
             if MASKED:
-                allowed = _allowed(k_toks[j], q_label, k_labels, key_tile + j, BN, LABELS)
+                allowed = _allowed(
+                    _tokens(k_tokens, key_tile + j, BN, False, False), q_label, k_labels, key_tile + j, BN, LABELS
+                )
                 scores = tl.where(allowed, scores, -float("inf"))
             m, total, acc = _join(scores, all_values[j], m, total, acc, scale, MASKED, PRECISION)
         _finish(out, lse, tokens, m, total, acc, heads, head, BM, DV, DVP)
