@@ -162,11 +162,12 @@ class HRSAM(nn.Module):
         return self.mask_decoder(features, positions, sparse, dense, masks)
 
     def optimize(self, *, dtype: torch.dtype = torch.bfloat16, compile: bool = True, graphs: bool = True) -> HRSAM:
-        """A copy for inference: ``encode`` and ``decode`` as before, many times faster on a GPU.
+        """A copy for inference: ``encode`` and ``decode`` as before, several times faster on a GPU.
 
         ``dtype``: precision of matrix products, float32, float16 or bfloat16; results differ from this model's by its
-        rounding.  ``compile``: by ``torch.compile``, about a minute for each new picture size.  ``graphs``: CUDA graphs, one
-        for each size of picture and number of clicks, the least recently used are dropped; ignored on a CPU.  Weights are
-        copied: later changes of this model do not reach the copy.  Raises ``ValueError`` for another ``dtype``, or a SAM ViT.
+        rounding.  ``compile``: by ``torch.compile``, about 20 seconds for each new picture size.  ``graphs``: CUDA graphs,
+        one for each size of picture and a few lengths of prompt, the least recently used are dropped; ignored on a CPU.
+        Weights are copied: later changes of this model do not reach the copy.  The copy stays on this model's device, so
+        move the model first.  Raises ``ValueError`` for another ``dtype``, or a SAM ViT.
         """
         return optimized(self, dtype, compile, graphs)
