@@ -124,7 +124,7 @@ class Encoder(nn.Module):
         """Pictures of any sizes in one packed call: each (3, Hi, Wi), as in :meth:`forward` -> (out_channels, hi, wi) each.
 
         The result of an image is the same to the bit whatever else is in the call, and equal to :meth:`forward` of it alone
-        (tested on CPUs; on a GPU it rests on the attention library treating each window alike whatever their number).
+        (tested on CPUs; on a GPU it rests on every window being computed alike whatever else is in the call).
         """
         if not images:
             raise ValueError("got no images to encode; give at least one (3, H, W) tensor")

@@ -68,13 +68,13 @@ class Graphed:
 class FastEncoder(nn.Module):
     """An encoder for inference; called and used as :class:`hrsam.models.encoder.Encoder`."""
 
-    def __init__(self, encoder: Encoder, dtype: torch.dtype, compiled: bool, graphs: bool, mode: str | None = None):
+    def __init__(self, encoder: Encoder, dtype: torch.dtype, compiled: bool, graphs: bool):
         super().__init__()
         self.encoder = encoder.frozen(dtype)
         self.config, self.dtype = encoder.config, dtype
         run: Callable[[Tensor], Tensor] = self.encoder
         if compiled:
-            run = torch.compile(self.encoder.forward, fullgraph=True, dynamic=False, mode=mode)
+            run = torch.compile(self.encoder.forward, fullgraph=True, dynamic=False)
         self._run = Graphed(self._one(run)) if graphs else self._one(run)
 
     def _one(self, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -156,7 +156,7 @@ class FastDecoder:
         return self._run(features, positions, points, labels, previous, masks=masks)
 
 
-def optimized(model: Any, dtype: torch.dtype, compiled: bool, graphs: bool, mode: str | None = None) -> Any:
+def optimized(model: Any, dtype: torch.dtype, compiled: bool, graphs: bool) -> Any:
     """A shallow copy of an ``HRSAM`` with a fast encoder and decoder; see ``HRSAM.optimize``."""
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"a model runs in float32, float16 or bfloat16; got {dtype}")
@@ -165,7 +165,7 @@ def optimized(model: Any, dtype: torch.dtype, compiled: bool, graphs: bool, mode
     graphs = graphs and model.device.type == "cuda"
     fast = copy(model)
     fast._modules = dict(model._modules)
-    fast.encoder = FastEncoder(model.encoder, dtype, compiled, graphs, mode)
+    fast.encoder = FastEncoder(model.encoder, dtype, compiled, graphs)
     if model.config.decoder:
         fast.decode_prompts = FastDecoder(model.prompt_encoder, model.mask_decoder, dtype, compiled, graphs)
         fast.dense_positions = cache(fast.decode_prompts.dense_positions)

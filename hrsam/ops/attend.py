@@ -248,7 +248,7 @@ def attend(
     log-sum-exp (T, N), natural logarithm, float32 (float64 for float64 inputs).  ``table``: cos and sin (places, D / 2) of
     :mod:`hrsam.ops.rope`; ``pad_kv``: key (Nk, D), unrotated, and value (Nk, Dv) of slots that hold −1; ``bias`` (T, N) is
     added to the logits of each key; ``scale`` of the products, D^-½ unless given.
-    ``impl``: ``"naive"`` (definition), ``"triton"``, or ``"auto"``: the kernel for CUDA tensors, the definition otherwise.
+    ``impl``: ``"naive"`` (definition, and what ``"torch"`` runs: a plan has no other plain form), ``"triton"``, or ``"auto"``.
     Raises ``ValueError`` for shapes that do not fit, or an implementation that does not exist or cannot run here.
     """
     check_heads(q, k, v, plan.tokens)
