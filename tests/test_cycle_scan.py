@@ -133,9 +133,11 @@ def check_kernel(layout, dtype, across, yardstick="naive", **sizes):
     got, grads = with_gradients(strided, layout, surrounded(cotangent).detach(), across=across, impl="triton")
     assert got.dtype == dtype
     assert_within_budget(got, low, high.detach())
+    terms = (cotangent.double() * high.detach()).norm(dim=0).max()  # gamma's gradient is a sum of such terms of both signs
     for name, a, b, c in zip(NAMES, grads, low_grads, high_grads):
         assert a.dtype == x[name].dtype, name
-        assert_within_budget(a, b, c, factor=3.0, name=f"gradient of {name}")
+        scale = terms if name == "gamma" and dtype == torch.float32 else 0.0
+        assert_within_budget(a, b, c, factor=3.0, name=f"gradient of {name}", scale=scale)
 
 
 @needs_triton
@@ -233,7 +235,7 @@ def test_chunks_begin_at_their_own_sequence():
             rows = chunks[first_chunk[sequence] : first_chunk[sequence + 1]].tolist()
             assert rows == [[token, min(token + CHUNK, end), sequence] for token in range(start, end, CHUNK)]
         assert first_chunk[-1] == len(chunks)
-    assert [chunk_length(tokens) for tokens in (1, 2047, 4096, 5120, 17408, 1 << 20)] == [16, 16, 32, 32, 128, 256]
+    assert [chunk_length(tokens) for tokens in (1, 2047, 4096, 5120, 17408, 1 << 20)] == [16, 16, 32, 40, 136, 8192]
 
 
 def test_kernel_refuses_float64_and_tensors_it_cannot_read(monkeypatch):

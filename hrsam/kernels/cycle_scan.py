@@ -17,17 +17,19 @@ from hrsam.kernels import cycle_scan_device as programs
 
 CHUNK = 16  # tokens of a chunk of the backward pass; a lane of B3 keeps 5 values a token in registers
 LANES = 32  # channels of a program of B1 and B3, one warp
-SCAN_LANES = 64  # channels of a program of F1 and F3, one warp
+CHUNKS = 128  # of a long sequence in the forward pass
+SCAN_LANES = 64  # channels of a warp of F1 and F3
 CHAIN_LANES, CHAIN_WARPS = 16, 4  # channels and warps of F2 and B2, whose programs hold all states
 CHAIN_AHEAD = 8  # chunks that F2 and B2 load before they use them
 
 
 def chunk_length(tokens: int) -> int:
     """Tokens of a chunk of the forward pass of a sequence of ``tokens``: many chunks keep a GPU busy, few keep F2 short.
+    With 128 of them the warps of 768 channels fill an H100 once.
 
     It depends on nothing else, so that a result does not depend on what else is packed.
     """
-    return min(256, max(CHUNK, 1 << max(0, (tokens // 128).bit_length() - 1)))
+    return max(CHUNK, -(-tokens // CHUNKS))
 
 
 @lru_cache(maxsize=256)
@@ -77,10 +79,18 @@ def _states(inputs, first_chunk, sizes):
 
 def _scan_chunks(inputs, states, elapsed, y, sizes, outputs):
     u, r, B, C = inputs[:4]
-    programs.scan_chunks[triton.cdiv(sizes["channels"], SCAN_LANES), len(inputs[8])](
+    warps = next(n for n in (4, 2, 1) if sizes["channels"] % (n * SCAN_LANES) == 0 or n == 1)  # they share rows of B and C
+    programs.scan_chunks[triton.cdiv(sizes["channels"], warps * SCAN_LANES), len(inputs[8])](
         *inputs, states, elapsed, y, u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes,
-        BC=SCAN_LANES, OUTPUTS=outputs, num_warps=1,
+        BC=warps * SCAN_LANES, PACK=_pack(sizes["N"], B, C), OUTPUTS=outputs, num_warps=warps,
     )  # fmt: skip
+
+
+def _pack(states: int, *rows: Tensor) -> int:
+    """How many elements of a row of B and C one load of 64 bits can bring; 1 if they do not lie so."""
+    pack = 8 // rows[0].element_size()
+    fits = all(x.data_ptr() % 8 == 0 and x.stride(0) % pack == 0 for x in rows) and states % pack == 0
+    return pack if fits and len({x.dtype for x in rows}) == 1 else 1
 
 
 def _chain(states: int) -> dict[str, int]:

@@ -61,6 +61,35 @@ def _scalar(x, t, end, row: tl.constexpr, n):
 
 
 @triton.jit
+def _words(x, at, PACK: tl.constexpr):
+    """``PACK`` neighbouring elements of ``x`` by one load of 64 bits, or a single element."""
+    if PACK > 1:
+        x = x.to(tl.pointer_type(tl.int64), bitcast=True)
+    return tl.load(x + at)
+
+
+@triton.jit
+def _elements(words, TYPE: tl.constexpr, PACK: tl.constexpr):
+    """What :func:`_words` loaded, element by element in float32."""
+    if PACK == 1:
+        found = (words.to(tl.float32),)
+    elif PACK == 2:
+        found = (words.to(tl.int32).to(tl.float32, bitcast=True), (words >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+    else:
+        found = ()
+        for half in tl.static_range(2):
+            pair = (words >> (32 * half)).to(tl.int32)
+            if TYPE == tl.bfloat16:  # the upper half of a float32
+                low = (pair << 16).to(tl.float32, bitcast=True)
+                high = (pair & -65536).to(tl.float32, bitcast=True)
+            else:
+                low = pair.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+                high = (pair >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+            found = found + (low, high)
+    return found
+
+
+@triton.jit
 def _decay(A_log, at, live):
     """A / ln 2, so that exp(Δ A) = exp2(Δ A2)."""
     return -LOG2E * tl.exp(tl.load(A_log + at, live, other=0.0))
@@ -89,13 +118,14 @@ def _place(chunks, channels: tl.constexpr, BC: tl.constexpr):
 def scan_chunks(
     u, r, B, C, dt_bias, A_log, D, gamma, chunks, states, elapsed, y,
     u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, channels: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, OUTPUTS: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, PACK: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """F1, chunks of any length: ``states`` (chunks, N, Ch) gets the end state from zero, ``elapsed`` (chunks, Ch) the sum of
     Δ.  With ``OUTPUTS`` F3: from the states that chunks are entered with to ``y`` (T, Ch).
 
     A lane is two channels and holds their states in registers, tokens follow one another.  One power a state and token is
-    what takes time here; nothing crosses lanes, and what a state needs of B and C serves both channels.
+    what takes time here; nothing crosses lanes, and what a state needs of B and C serves both channels.  ``PACK``: how many
+    of a row's elements of B and C are loaded at once.
     """
     chunk = tl.program_id(1).to(tl.int64)
     first = tl.load(chunks + 3 * chunk)
@@ -135,11 +165,15 @@ def scan_chunks(
         total += delta
         out = skip * value if OUTPUTS else x
         new = ()
-        for n in tl.static_range(N):
-            h = tl.exp2(delta * rates[n]) * hs[n] + x * tl.load(B + t * B_row + n).to(tl.float32)
+        for k in tl.static_range(N // PACK):
+            bs = _elements(_words(B, t * (B_row // PACK) + k, PACK), B.dtype.element_ty, PACK)
             if OUTPUTS:
-                out += tl.load(C + t * C_row + n).to(tl.float32) * h
-            new = new + (h,)
+                cs = _elements(_words(C, t * (C_row // PACK) + k, PACK), C.dtype.element_ty, PACK)
+            for j in tl.static_range(PACK):
+                h = tl.exp2(delta * rates[k * PACK + j]) * hs[k * PACK + j] + x * bs[j]
+                if OUTPUTS:
+                    out += cs[j] * h
+                new = new + (h,)
         hs = new
         if OUTPUTS:
             tl.store(y + t * channels + c, out.to(y.dtype.element_ty), live)

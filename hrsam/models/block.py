@@ -51,13 +51,33 @@ class Attention(nn.Module):
         return self.mixer(q, k, v, layout, rope=self.rope, pad_kv=pad_kv, **self.options).flatten(1)
 
 
+@torch.library.custom_op("hrsam::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``gelu(x @ weightᵀ + bias)``, (T, C) -> (T, hidden), in one matrix product on a GPU.
+
+    The product's own GELU is the tanh form, which is nearer to the exact one (within 5e-4) than a 16-bit sum is; it is applied
+    before the sum is rounded.  An operator, because the compiler would take it apart again.  Inference only.
+    """
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+
+
+@linear_gelu.register_fake
+def _(x, weight, bias):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 class Mlp(nn.Module):
+    """Two linear layers and the exact GELU; ``fused``: the GELU of :func:`linear_gelu`, for frozen 16-bit weights."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.fused = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return self.fc2(linear_gelu(x.to(self.fc1.weight.dtype), self.fc1.weight, self.fc1.bias))
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -141,13 +161,14 @@ class CycleScan(nn.Module):
             nn.init.zeros_(self.param_proj.bias)
 
     def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        u, z = F.silu(self.in_proj(self.norm_in(x))).chunk(2, dim=-1)
+        u, z = self.in_proj(self.norm_in(x)).chunk(2, dim=-1)
+        u = F.silu(u)
         state = self.A_log.shape[1]
         r, b, c = self.param_proj(u).split((x.shape[-1], state, state), dim=-1)
         return u, z, r, b, c
 
     def after(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return x + self.out_proj(z * self.norm_out(y))
+        return x + self.out_proj(F.silu(z) * self.norm_out(y))
 
     def forward(self, x: Tensor, layout: Layout, across: bool, exact: bool = False) -> Tensor:
         """``x`` (T, C) -> (T, C); each grid by itself, or all grids of an image as one sequence (``across``).

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrsam.layout import Layout, token_images
-from hrsam.models.block import Attention, Block, CycleScan
+from hrsam.models.block import Attention, Block, CycleScan, Mlp
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class Encoder(nn.Module):
         for module in copy.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(dtype)
+            elif isinstance(module, Mlp):
+                module.fused = dtype != torch.float32 and self.pos_embed.is_cuda
         return copy
 
     @torch.no_grad()
