@@ -133,7 +133,9 @@ def check_kernel(layout, dtype, across, yardstick="naive", **sizes):
     got, grads = with_gradients(strided, layout, surrounded(cotangent).detach(), across=across, impl="triton")
     assert got.dtype == dtype
     assert_within_budget(got, low, high.detach())
-    terms = (cotangent.double() * high.detach()).norm(dim=0).max()  # gamma's gradient is a sum of such terms of both signs
+    terms = (
+        (cotangent.double() * high.detach()).norm(dim=0).max()
+    )  # gamma's gradient is a sum of such terms of both signs
     for name, a, b, c in zip(NAMES, grads, low_grads, high_grads):
         assert a.dtype == x[name].dtype, name
         scale = terms if name == "gamma" and dtype == torch.float32 else 0.0

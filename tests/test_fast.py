@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import hrsam
 from hrsam.kernels import has_triton
+from hrsam.models.block import Mlp, linear_gelu
 from hrsam.models.model import HRSAM
 from hrsam.ops import cross
 from hrsam.ops.cross import cross_attention
@@ -80,6 +81,39 @@ def test_sixteen_bits_err_as_autocast_does(model):
     assert got.dtype == torch.bfloat16
     assert 0 < (low - high).norm() < 0.1 * high.norm()
     assert (got.float() - high).norm() <= 1.5 * (low - high).norm()
+
+
+def drawn_mlp():
+    torch.manual_seed(0)
+    return Mlp(64, 256), 2 * torch.randn(500, 64)
+
+
+def test_the_gelu_of_a_product():
+    mlp, x = drawn_mlp()
+    arguments = x, mlp.fc1.weight.detach(), mlp.fc1.bias.detach()
+    torch.testing.assert_close(linear_gelu(*arguments), F.gelu(mlp.fc1(x)), rtol=0, atol=1e-3)
+    torch.library.opcheck(linear_gelu, arguments)
+    want, mlp.fused = mlp(x), True
+    torch.testing.assert_close(mlp(x), want, rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_mlp_is_no_further_from_the_exact_one_than_sixteen_bits_are(dtype):
+    mlp, x = drawn_mlp()
+    with torch.no_grad():
+        high, low = mlp(x), mlp.to("cuda", dtype)
+        plain = low(x.to("cuda", dtype)).float().cpu()
+        low.fused = True
+        fused = low(x.cuda()).float().cpu()  # tokens come in whatever autocast left them
+    assert 0 < (fused - high).norm() <= 1.1 * (plain - high).norm()
+    assert not torch.equal(fused, plain)
+
+
+@pytest.mark.gpu
+def test_frozen_mlps_are_fused_on_a_gpu():
+    blocks = redrawn("hrsam_pp_t").cuda().encoder.frozen(torch.bfloat16).blocks
+    assert all(block.mlp.fused for block in blocks)
 
 
 def test_the_copy_is_apart_and_training_goes_on(model):

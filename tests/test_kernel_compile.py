@@ -40,15 +40,16 @@ def check(kernel, constants, types, default, warps, stages=1, note=""):
         found["wgmma"] = "wgmma" in compiled.asm["ptx"]
     print("FOUND", json.dumps(found), flush=True)
 
-def scan(token):
+def scan(token, pack):
     types = {n: "*" + token for n in ("w", "u", "r", "B", "C", "y", "d_u", "d_r")}
     types |= {"tokens": "i32", "chunks": "*i32", "first_chunk": "*i32"}
-    sizes = {"N": 32, "NP": 32, "R": 3, "CHUNK": s.CHUNK, "AHEAD": s.CHAIN_AHEAD, "channels": 192}
+    sizes = {"N": 32, "NP": 32, "R": 3, "CHUNK": s.CHUNK, "AHEAD": s.CHAIN_AHEAD, "channels": 192, "PACK": pack}
     sizes |= {"u_row": 384, "r_row": 256, "B_row": 256, "C_row": 256, "w_row": 192}
     for name in ("chain_states", "chain_adjoints"):
         check(getattr(s.programs, name), sizes | {"BC": s.CHAIN_LANES}, types, "*fp32", s.CHAIN_WARPS, note=token)
     for outputs in (False, True):
         check(s.programs.scan_chunks, sizes | {"BC": s.SCAN_LANES, "OUTPUTS": outputs}, types, "*fp32", 1, note=token)
+    check(s.programs.enter_chunks, sizes | {"BC": s.ENTER_LANES}, types, "*fp32", s.ENTER_WARPS, note=token)
     for name in ("local_adjoints", "gradients"):
         check(getattr(s.programs, name), sizes | {"BC": s.LANES}, types, "*fp32", 1, note=token)
 
@@ -72,11 +73,12 @@ def attend(dtype, D, **flags):
     for kernel in (g.key_gradients, g.query_gradients):
         check(kernel, sizes, types, "*fp32", backward.warps, backward.stages, note)
 
-scan("bf16")
+scan("bf16", 4)
 attend(torch.bfloat16, 64, window=True, PAD=True)
 if whole:
-    scan("fp16")
-    scan("fp32")
+    scan("bf16", 1)
+    scan("fp16", 4)
+    scan("fp32", 2)
     attend(torch.bfloat16, 64, window=True)
     attend(torch.float16, 64, window=True, PAD=True, MASKED=True, LABELS=True)
     attend(torch.bfloat16, 64, window=False, RUNS=True, ROPE=False)
@@ -114,7 +116,7 @@ def test_compiles_and_keeps_to_registers(capability, extent, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    assert len(found) == (12 if extent == "short" else 59)
+    assert len(found) == (13 if extent == "short" else 69)
     for kernel in found:
         assert kernel["shared"] <= SHARED[capability], kernel
         assert kernel.get("STACK", 0) <= spilled(kernel, capability), kernel

@@ -113,7 +113,7 @@ def forward(inputs: Inputs, plan: Any, scale: float, warps: int, stages: int) ->
                 del constants[name]
             programs.attend_groups[x.q.shape[1], len(plan.groups)](
                 *pointers[:3], *pointers[4:], out, lse, *_tables(plan), plan.groups, base2,
-                **constants, MASKED=plan.gaps or plan.labelled, KEYS=plan.group_keys, AHEAD=True, num_warps=warps, num_stages=stages,
+                **constants, MASKED=plan.gaps or plan.labelled, KEYS=plan.group_keys, num_warps=warps, num_stages=stages,
             )  # fmt: skip
             return out, lse
         programs.attend[len(plan.q_tokens), x.q.shape[1]](

@@ -96,17 +96,6 @@ def _halves(
 
 
 @triton.jit
-def _rotated(rows, turns, places, tile, SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROPE: tl.constexpr):
-    """Even and odd channels of a tile's rows after the rotation, or without ``ROPE`` the same rows twice."""
-    if ROPE:
-        c, s = _angles(turns, places, tile, SIZE, D, DP)
-        a, b = _turned(rows, c, s, SIZE, DP)
-    else:
-        a, b = rows, rows
-    return a, b
-
-
-@triton.jit
 def _product(a, b, c, d, ROPE: tl.constexpr, PRECISION: tl.constexpr):
     """``[a b] [c d]ᵀ``; only ``a cᵀ`` without ``ROPE``."""
     scores = tl.dot(a, tl.trans(c), input_precision=PRECISION)
@@ -152,14 +141,19 @@ def _allowed(tokens, q_label, k_labels, tile, BN: tl.constexpr, LABELS: tl.const
 
 
 @triton.jit
-def _join(scores, values, m, total, acc, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile's scores and values join the running maximum, sum and output."""
-    higher = tl.maximum(m, tl.max(scores, 1) * scale)  # scale is positive
+def _join(scores, values, m, total, acc, scale, FIRST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile's scores and values join the running maximum, sum and output, or begin them."""
+    higher = tl.max(scores, 1) * scale  # which is positive
+    if not FIRST:
+        higher = tl.maximum(m, higher)
     safe = tl.where(higher == -float("inf"), 0.0, higher) if MASKED else higher
     weights = tl.exp2(scores * scale - safe[:, None])
-    shrink = tl.exp2(m - safe)
-    total = total * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+    if not FIRST:
+        shrink = tl.exp2(m - safe)
+        total *= shrink
+        acc *= shrink[:, None]
+    total += tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
     return higher, total, acc
 
 
@@ -195,7 +189,7 @@ def _visit(
         scale = 1.0
     if MASKED:
         scores = tl.where(_allowed(tokens, q_label, k_labels, tile, BN, LABELS), scores, -float("inf"))
-    return _join(scores, values, m, total, acc, scale, MASKED, PRECISION)
+    return _join(scores, values, m, total, acc, scale, False, MASKED, PRECISION)
 
 
 @triton.jit
@@ -245,7 +239,7 @@ def attend_groups(
     v_row: tl.constexpr, v_head: tl.constexpr, heads: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     ROPE: tl.constexpr, PAD: tl.constexpr, LABELS: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr,
-    AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As :func:`attend` where neighbouring query tiles read the same ``KEYS`` key tiles, which nothing else reads: keys are
     fetched and rotated once and stay in shared memory."""
@@ -258,52 +252,30 @@ def attend_groups(
     pad_k += head // GROUP * D
     pad_v += head // GROUP * DV
     GAPS: tl.constexpr = PAD or MASKED
-    tokens = _tokens(q_tokens, first, BM, False, False)
-    rows = _rows(q, tokens, q_row, D, DP, True)
-    k_slots = ()
-    k_rows = ()
-    v_rows = ()
-    for j in tl.static_range(KEYS):  # everything is asked for before anything is waited for
-        slots = _tokens(k_tokens, key_tile + j, BN, False, False)
-        k_slots = k_slots + (slots,)
-        k_rows = k_rows + (_rows(k, slots, k_row, D, DP, GAPS),)
-        v_rows = v_rows + (_rows(v, slots, v_row, DV, DVP, GAPS),)
     kas = ()
     kbs = ()
-    values = ()
+    all_values = ()
     for j in tl.static_range(KEYS):
-        key, value = k_rows[j], v_rows[j]
-        if PAD:
-            key = _with_padding(key, k_slots[j], pad_k, D, DP)
-            value = _with_padding(value, k_slots[j], pad_v, DV, DVP)
-        ka, kb = _rotated(key, turns, k_places, key_tile + j, BN, D, DP, ROPE)
+        _, ka, kb, values = _keys(
+            key_tile + j, k, v, turns, pad_k, pad_v, k_tokens, k_places, k_row, v_row,
+            BN, D, DP, DV, DVP, ROPE, GAPS, PAD, False, False,
+        )  # fmt: skip
         kas = kas + (ka,)
         kbs = kbs + (kb,)
-        values = values + (value,)
+        all_values = all_values + (values,)
     for tile in range(first, first + count):
-        qa, qb = _rotated(rows, turns, q_places, tile, BM, D, DP, ROPE)
+        tokens = _tokens(q_tokens, tile, BM, False, False)
+        qa, qb = _halves(q, tokens, q_row, pad_k, turns, q_places, tile, BM, D, DP, ROPE, True, False)
         q_label = _labels(q_labels, tile, BM) if LABELS else tokens
-        mine = tokens
-        tokens = _tokens(q_tokens, tl.minimum(tile + 1, first + count - 1), BM, False, False)
-        scores = ()
         m = tl.full((BM,), -float("inf"), tl.float32)
-        for j in tl.static_range(KEYS):
-            s = _product(qa, qb, kas[j], kbs[j], ROPE, PRECISION)
-            if MASKED:
-                slots = _tokens(k_tokens, key_tile + j, BN, False, False)
-                s = tl.where(_allowed(slots, q_label, k_labels, key_tile + j, BN, LABELS), s, -float("inf"))
-            m = tl.maximum(m, tl.max(s, 1))
-            scores = scores + (s,)
-        m = m * scale  # which is positive
-        safe = tl.where(m == -float("inf"), 0.0, m) if MASKED else m
         total = tl.zeros((BM,), tl.float32)
         acc = tl.zeros((BM, DVP), tl.float32)
         for j in tl.static_range(KEYS):
-            if j == AHEAD:  # rows of the next tile come while this one is computed, in registers that scores left
-                rows = _rows(q, tokens, q_row, D, DP, True)
-            weights = tl.exp2(scores[j] * scale - safe[:, None])
-            total += tl.sum(weights, 1)
-            acc = tl.dot(weights.to(values[j].dtype), values[j], acc, input_precision=PRECISION)
-        _finish(out, lse, mine, m, total, acc, heads, head, BM, DV, DVP)
-        if AHEAD >= KEYS:
-            rows = _rows(q, tokens, q_row, D, DP, True)
+            scores = _product(qa, qb, kas[j], kbs[j], ROPE, PRECISION)
+            if MASKED:
+                allowed = _allowed(
+                    _tokens(k_tokens, key_tile + j, BN, False, False), q_label, k_labels, key_tile + j, BN, LABELS
+                )
+                scores = tl.where(allowed, scores, -float("inf"))
+            m, total, acc = _join(scores, all_values[j], m, total, acc, scale, j == 0, MASKED, PRECISION)
+        _finish(out, lse, tokens, m, total, acc, heads, head, BM, DV, DVP)

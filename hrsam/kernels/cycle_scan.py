@@ -15,21 +15,23 @@ from torch import Tensor
 
 from hrsam.kernels import cycle_scan_device as programs
 
-CHUNK = 16  # tokens of a chunk of the backward pass; a lane of B3 keeps 5 values a token in registers
-LANES = 32  # channels of a program of B1 and B3, one warp
-CHUNKS = 128  # of a long sequence in the forward pass
-SCAN_LANES = 64  # channels of a warp of F1 and F3
+CHUNK = 8  # tokens of a chunk of the backward pass; a lane of B3 keeps 5 values a token and channel in registers
+LANES = 64  # channels of a program of B1 and B3, one warp
+CHUNKS = 128  # of a long sequence in the forward pass,
+SHORTEST = 16  # and tokens of a chunk of a short one
+SCAN_LANES = 64  # channels of a program of F1 and F3, one warp
+ENTER_LANES, ENTER_WARPS = 32, 2  # channels and warps of a program between F2 and F3
 CHAIN_LANES, CHAIN_WARPS = 16, 4  # channels and warps of F2 and B2, whose programs hold all states
 CHAIN_AHEAD = 8  # chunks that F2 and B2 load before they use them
 
 
 def chunk_length(tokens: int) -> int:
     """Tokens of a chunk of the forward pass of a sequence of ``tokens``: many chunks keep a GPU busy, few keep F2 short.
-    With 128 of them the warps of 768 channels fill an H100 once.
+    With 128 of them the programs of 768 channels fill an H100 once.
 
     It depends on nothing else, so that a result does not depend on what else is packed.
     """
-    return max(CHUNK, -(-tokens // CHUNKS))
+    return max(SHORTEST, -(-tokens // CHUNKS))
 
 
 @lru_cache(maxsize=256)
@@ -79,10 +81,9 @@ def _states(inputs, first_chunk, sizes):
 
 def _scan_chunks(inputs, states, elapsed, y, sizes, outputs):
     u, r, B, C = inputs[:4]
-    warps = next(n for n in (4, 2, 1) if sizes["channels"] % (n * SCAN_LANES) == 0 or n == 1)  # they share rows of B and C
-    programs.scan_chunks[triton.cdiv(sizes["channels"], warps * SCAN_LANES), len(inputs[8])](
+    programs.scan_chunks[triton.cdiv(sizes["channels"], SCAN_LANES), len(inputs[8])](
         *inputs, states, elapsed, y, u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes,
-        BC=warps * SCAN_LANES, PACK=_pack(sizes["N"], B, C), OUTPUTS=outputs, num_warps=warps,
+        BC=SCAN_LANES, PACK=_pack(sizes["N"], B, C), OUTPUTS=outputs, num_warps=1,
     )  # fmt: skip
 
 
@@ -111,9 +112,9 @@ def _forward(
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     with torch.cuda.device_of(u):
         states, entry, prefix, elapsed, closing = _states(inputs, first_chunk, sizes)
-        programs.enter_chunks[triton.cdiv(A_log.shape[0], LANES), len(chunks)](
+        programs.enter_chunks[triton.cdiv(A_log.shape[0], ENTER_LANES), len(chunks)](
             A_log, gamma, chunks, entry, prefix, closing, states, **sizes, NP=triton.next_power_of_2(A_log.shape[1]),
-            BC=LANES, num_warps=2,
+            BC=ENTER_LANES, num_warps=ENTER_WARPS,
         )  # fmt: skip
         _scan_chunks(inputs, states, elapsed, y, sizes, True)
     return y

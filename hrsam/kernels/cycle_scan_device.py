@@ -74,12 +74,15 @@ def _elements(words, TYPE: tl.constexpr, PACK: tl.constexpr):
     if PACK == 1:
         found = (words.to(tl.float32),)
     elif PACK == 2:
-        found = (words.to(tl.int32).to(tl.float32, bitcast=True), (words >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+        found = (
+            words.to(tl.int32).to(tl.float32, bitcast=True),
+            (words >> 32).to(tl.int32).to(tl.float32, bitcast=True),
+        )
     else:
         found = ()
         for half in tl.static_range(2):
             pair = (words >> (32 * half)).to(tl.int32)
-            if TYPE == tl.bfloat16:  # the upper half of a float32
+            if TYPE.is_bf16():  # the upper half of a float32
                 low = (pair << 16).to(tl.float32, bitcast=True)
                 high = (pair & -65536).to(tl.float32, bitcast=True)
             else:

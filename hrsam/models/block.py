@@ -55,8 +55,8 @@ class Attention(nn.Module):
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``gelu(x @ weightᵀ + bias)``, (T, C) -> (T, hidden), in one matrix product on a GPU.
 
-    The product's own GELU is the tanh form, which is nearer to the exact one (within 5e-4) than a 16-bit sum is; it is applied
-    before the sum is rounded.  An operator, because the compiler would take it apart again.  Inference only.
+    There the product's own GELU is the tanh form, which is nearer to the exact one (within 5e-4) than a 16-bit sum is; it is
+    applied before the sum is rounded.  An operator, because the compiler would take it apart again.  Inference only.
     """
     return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
 
