@@ -84,7 +84,7 @@ def _full(record: Record, grid: tuple[int, int], heads: int, head_dim: int, kind
         optional=(*BACKENDS, FLEX),
         flops=_operations(grad) * tokens * tokens * heads * head_dim,
         dtype=kind,
-        flush=True,
+        kernels=True,
     )
 
 
@@ -116,7 +116,7 @@ def _windows(
         optional=tuple(BACKENDS),
         flops=_operations(grad) * tokens * size * heads * head_dim,
         dtype=kind,
-        flush=True,
+        kernels=True,
     )
 
 

@@ -54,19 +54,20 @@ class Record:
         optional: Collection[str] = (),
         flops: float | None = None,
         dtype: torch.dtype = torch.bfloat16,
-        flush: bool = False,
+        kernels: bool = False,
     ) -> None:
         """Check and time ``functions`` in turn and add a row for each.
 
         ``labels``: what they do, the first columns of the rows.  ``baselines``: the first of them that ran has ratio 1, and a
-        row's ratio says how many times as fast it is.  ``flops``: operations of one call.
+        row's ratio says how many times as fast it is.  ``flops``: operations of one call.  ``kernels``: of single operations,
+        which a model runs one after the other, the time on the device alone: CUDA graphs on cold caches.
         """
         name = " ".join(str(value) for value in labels.values())
         logger.info("%s: %s", self.bench, name)
         skipped: dict[str, str] = {}
         times = compare(
-            functions, seconds=self.seconds, device=self.device, flush=flush, check=check, optional=optional,
-            skipped=skipped,
+            functions, seconds=self.seconds, device=self.device, flush=kernels, graphs=kernels, check=check,
+            optional=optional, skipped=skipped,
         )  # fmt: skip
         for function, why in skipped.items():
             self.skip(f"{function} ({name})", why)

@@ -65,7 +65,7 @@ def bench_scan(
                     baselines=(MAMBA, REPEATED),
                     optional=(REPEATED, MAMBA),
                     dtype=kind,
-                    flush=True,
+                    kernels=True,
                 )
     return record.done(dtype=dtype, channels=channels, states=states, cycles=CYCLES)
 

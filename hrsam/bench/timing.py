@@ -87,12 +87,27 @@ def _first_calls(function: Callable[[], Any], cuda: bool) -> tuple[Any, float | 
     return result, (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def _graphed(function: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+    """``function`` as a CUDA graph, and what a replay of it writes to."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd's streams and workspaces must be there before the capture
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    graph.replay()
+    return graph.replay, result
+
+
 def compare(
     functions: Mapping[str, Callable[[], Any]],
     *,
     seconds: float = 1.0,
     device: torch.device | str | None = None,
     flush: bool = False,
+    graphs: bool = False,
     check: Callable[[dict[str, Any]], None] | None = None,
     optional: Collection[str] = (),
     skipped: dict[str, str] | None = None,
@@ -101,7 +116,8 @@ def compare(
 
     ``device``: the current CUDA device when there is one, unless given.  ``check`` gets a result of each function by
     name before anything is timed, and raises when one is wrong.  ``optional``: names that may fail (no kernel for a size, no
-    memory); they are left out and ``skipped`` gets the reason.
+    memory); they are left out and ``skipped`` gets the reason.  ``graphs``: time CUDA graphs of the functions, on a GPU; the
+    checked results are then those that the graphs wrote.
     """
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     clock = _Clock(where, flush)
@@ -112,6 +128,9 @@ def compare(
                 if name in optional:
                     warnings.simplefilter("ignore")
                 results[name], peaks[name] = _first_calls(function, clock.cuda)
+                if graphs and clock.cuda:
+                    results[name] = None
+                    running[name], results[name] = _graphed(function)
         except RuntimeError as err:
             if name not in optional:
                 if isinstance(err, torch.OutOfMemoryError):
