@@ -8,7 +8,7 @@ import hrsam
 from hrsam.config import Settings, read_settings
 from hrsam.train import TrainSettings
 
-CONFIGS = sorted((Path(hrsam.__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted(p for p in (Path(hrsam.__file__).parents[1] / "configs").glob("*.yaml") if "distill" not in p.stem)
 
 
 class Part(Settings):
