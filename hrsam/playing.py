@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -105,7 +106,7 @@ def _here(work: tuple[Any, ...], batches: Sequence[Sequence[Item]]) -> Iterator[
 
 def _in_processes(work: tuple[Any, ...], batches: Sequence[Sequence[Item]], count: int) -> Iterator[Trace]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, _start, work) as pool:
+    with ProcessPoolExecutor(count, context, _start_process, work) as pool:
         try:
             for future in as_completed([pool.submit(_play, items) for items in batches]):
                 yield from future.result()
@@ -127,6 +128,21 @@ def _start(
     global _work, _at_once
     _use_threads(threads)
     _work, _at_once = (dataset, make(), protocol, given), batch
+
+
+def _start_process(*work: Any) -> None:
+    end_with_parent()
+    _start(*work)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is killed: it would wait for work for ever."""
+
+    def watch(parent: Any) -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
 def _play(items: Sequence[Item]) -> list[Trace]:

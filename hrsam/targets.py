@@ -12,7 +12,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor
 from hrsam.data.folders import SUFFIXES
 from hrsam.images import read_image
 from hrsam.models.model import ModelConfig
-from hrsam.playing import rank, world
+from hrsam.playing import end_with_parent, rank, world
 from hrsam.targetfile import (
     STORED,
     DamagedTargets,
@@ -331,15 +330,9 @@ _work: tuple[Teacher, TargetKind]  # of this process
 
 def _start(path: Path, device: str, precision: torch.dtype, kind: TargetKind, threads: int) -> None:
     global _work
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     _work = load_teacher(path, device, precision), kind
-
-
-def _end_with(parent: Any) -> None:
-    """A process whose parent was killed would wait for work for ever."""
-    parent.join()
-    os._exit(1)
 
 
 def _compute(path: Path) -> tuple[str, np.ndarray]:

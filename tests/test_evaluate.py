@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +26,10 @@ from hrsam.segmenters import ModelSegmenter
 from hrsam.traces import read_traces, traces_hash
 from hrsam.weightfile import WeightsError, save
 from tests.builders import photo, small_model
+from tests.processes import assert_gone
 
 CLICKS = 3
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +227,40 @@ def test_replay_scores_another_model_on_the_same_clicks(what, tmp_path):
     shorter = make_pairs(tmp_path / "more", 6)
     with pytest.raises(ValueError, match="has no trace of"):
         evaluate(replace(what, root=str(shorter), out=str(tmp_path / "x"), replay=traces))
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+from hrsam.data.datasets import open_dataset
+from hrsam.evaluation import Protocol
+from hrsam.playing import play_all
+
+class Slow:
+    def __call__(self):
+        import time
+        time.sleep(3600)
+
+if __name__ == "__main__":
+    import hrsam.playing as playing
+
+    def submitted(futures):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    playing.as_completed = submitted
+    play_all(open_dataset("pairs", sys.argv[1]), Slow(), Protocol(), {}, Path(sys.argv[2]), processes=2)
+"""
+
+
+def test_processes_end_with_the_one_that_is_killed(root, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = subprocess.run([sys.executable, script, root, tmp_path / "parts"], cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    workers = done.stdout.split()
+    assert len(workers) == 2
+    assert_gone(map(int, workers))
 
 
 def test_a_bad_weight_file_is_refused_before_processes_start(what, weights, tmp_path):

@@ -33,6 +33,7 @@ from hrsam.targets import DamagedTargets, MissingTarget, Targets, build_targets,
 from hrsam.teachers import load_teacher
 from hrsam.weightfile import save
 from tests.builders import photo, small_model
+from tests.processes import assert_gone
 
 ROOT = Path(targets.__file__).parents[1]
 SIDE = 32
@@ -355,13 +356,6 @@ build_targets(find_pictures([sys.argv[1]]), load_teacher(sys.argv[2]), sys.argv[
 """
 
 
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize(("after", "processes"), [(0, 1), (2, 1), (1, 2)])
 def test_a_killed_run_goes_on_and_leaves_the_same_shards(pictures, teacher, weights, whole, tmp_path, after, processes):
     """Killed with a shard written but not yet in its place, after so many others; its processes end with it."""
@@ -372,9 +366,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_shards(pictures, teacher, weig
     assert run.returncode == -signal.SIGKILL, run.stderr
     workers = run.stdout.split()
     assert len(workers) == (2 if processes == 2 else 0)
-    until = time.monotonic() + 30
-    while any(alive(int(pid)) for pid in workers):
-        assert time.monotonic() < until
+    assert_gone(map(int, workers))
     expected = shards(whole)
     assert len(shards(tmp_path)) == after
     assert shards(tmp_path).items() <= expected.items()
