@@ -172,6 +172,7 @@ def test_every_parameter_is_redrawn():
 EXPECTED = {
     "encoder": {"ours optimized", "ours eager", "reference flow, torch scan"},
     "train-step": {"ours eager", "reference flow, torch scan"},
+    "packing": {"packed", "packed, a new layout each step", "padded to the largest"},
     "click": {"ours optimized", "ours eager"},
     "scan": {"ours", "ours with one cycle, sequence repeated"},
     "attention": {"ours", "SDPA flash", "SDPA math"},
@@ -179,6 +180,7 @@ EXPECTED = {
 SKIPPED = {
     "encoder": {"reference flow, mamba scan", "SAM ViT-B (timm)"},
     "train-step": {"reference flow, mamba scan", "ours compiled"},
+    "packing": set(),
     "click": set(),
     "scan": {"mamba-ssm, sequence repeated"},
     "attention": {"SDPA cuDNN", "FlexAttention, compiled"},

@@ -13,6 +13,7 @@ import torch
 from hrsam.bench.attention import bench_attention
 from hrsam.bench.click import bench_click
 from hrsam.bench.encoder import bench_encoder
+from hrsam.bench.packing import bench_packing
 from hrsam.bench.scan import bench_scan
 from hrsam.bench.train_step import bench_train_step
 from hrsam.checkpoint import write_atomically
@@ -21,6 +22,7 @@ from hrsam.models.presets import suggest
 BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "encoder": bench_encoder,
     "train-step": bench_train_step,
+    "packing": bench_packing,
     "click": bench_click,
     "scan": bench_scan,
     "attention": bench_attention,

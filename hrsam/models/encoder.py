@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """Normalised pixels -> feature map.  See :meth:`forward` and :meth:`encode`."""
+    """Normalised pixels -> feature map.  See :meth:`forward`, :meth:`forward_packed` and :meth:`encode`."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -122,23 +123,51 @@ class Encoder(nn.Module):
         tokens, layout = self._embed(pixels)
         return self._stages(tokens, layout)[0]
 
+    def forward_packed(
+        self, images: Sequence[Tensor], generators: Sequence[torch.Generator] | None = None
+    ) -> list[Tensor]:
+        """:meth:`forward` of pictures of any sizes in one call, with gradient: each (3, Hi, Wi) -> (out_channels, hi, wi) each.
+
+        Equal to :meth:`forward` of each alone up to the order of summation, and nothing passes from one to another.  Pictures
+        of one size are computed exactly as a batch is.
+        ``generators``: one for each picture, which draws its stochastic depth wherever it is packed; None: torch's own.
+        Raises ``ValueError`` as :meth:`encode`, and when there is not one generator a picture.
+        """
+        if generators is not None and len(generators) != len(images):
+            raise ValueError(f"got {len(generators)} generators for {len(images)} pictures; give one for each")
+        tokens, layout = self._pack(images, merge=True)
+        draws = None
+        if generators is not None and self.training and self.config.drop_path > 0:
+            shape = (self.config.depth, 2)
+            draws = torch.stack([torch.rand(shape, device=g.device, generator=g) for g in generators], dim=2)
+        maps = self._stages(tokens, layout, draws=draws)
+        return [picture for run in maps for picture in run.unbind()]
+
     def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Pictures of any sizes in one packed call: each (3, Hi, Wi), as in :meth:`forward` -> (out_channels, hi, wi) each.
 
         The result of an image is the same to the bit whatever else is in the call, and equal to :meth:`forward` of it alone
         (tested on CPUs; on a GPU it rests on every window being computed alike whatever else is in the call).
         """
+        maps = self._stages(*self._pack(images, merge=False), exact=True)
+        return [m[0] for m in maps]
+
+    def _pack(self, images: Sequence[Tensor], merge: bool) -> tuple[Tensor, Layout]:
+        """Packed tokens of pictures of any sizes; with ``merge`` neighbours of equal size are embedded together."""
         if not images:
             raise ValueError("got no images to encode; give at least one (3, H, W) tensor")
+        runs = (
+            [list(run) for _, run in groupby(images, key=lambda image: image.shape)] if merge else [[i] for i in images]
+        )
         parts, grids, owners = [], [], []
-        for index, image in enumerate(images):
-            self.check(image.unsqueeze(0))
-            tokens, layout = self._embed(image.unsqueeze(0))
+        for run in runs:
+            self.check(run[0].unsqueeze(0))
+            tokens, layout = self._embed(torch.stack(run))
             parts.append(tokens)
+            first = owners[-1] + 1 if owners else 0
             grids += layout.grids
-            owners += [index] * len(layout.grids)
-        maps = self._stages(torch.cat(parts), Layout(tuple(grids), tuple(owners)), exact=True)
-        return [m[0] for m in maps]
+            owners += [first + image for image in layout.images]
+        return torch.cat(parts), Layout(tuple(grids), tuple(owners))
 
     def check(self, pixels: Tensor) -> None:
         """``ValueError`` for what :meth:`forward` does not take."""
@@ -186,17 +215,22 @@ class Encoder(nn.Module):
             table = F.interpolate(table, grid, mode="bilinear", align_corners=False)
         return table.flatten(2).transpose(1, 2)[0]
 
-    def _keep(self, index: int, layout: Layout, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Stochastic depth of block ``index``: whole images are dropped, never single tokens."""
+    def _keep(
+        self, index: int, layout: Layout, like: Tensor, draws: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Stochastic depth of block ``index``: whole images are dropped, never single tokens.
+
+        ``draws`` (depth, 2, images) uniform in [0, 1), or torch's own generator draws.
+        """
         rate = self.config.drop_path * index / max(1, self.config.depth - 1)
         if not self.training or rate == 0.0:
             return None
         images = token_images(layout, like.device)
-        draw = torch.rand(2, layout.num_images, 1, device=like.device)
-        first, second = ((draw >= rate) / (1.0 - rate)).to(like.dtype)[:, images]
+        draw = torch.rand(2, layout.num_images, device=like.device) if draws is None else draws[index].to(like.device)
+        first, second = ((draw >= rate) / (1.0 - rate)).to(like.dtype).unsqueeze(2)[:, images]
         return first, second
 
-    def _stages(self, x: Tensor, layout: Layout, exact: bool = False) -> list[Tensor]:
+    def _stages(self, x: Tensor, layout: Layout, exact: bool = False, draws: Tensor | None = None) -> list[Tensor]:
         """Blocks and scans over packed tokens; one (n, out_channels, h, w) map for each run of equal images.
 
         ``exact``: nothing is computed for two images together that could change an image's bits, and a run is one image.
@@ -206,7 +240,7 @@ class Encoder(nn.Module):
             stage = self.config.scan_at.index(index) if index in self.config.scan_at else None
             if stage is not None:
                 x = self.scans[stage](x, layout, across=False, exact=exact)
-            x = block(x, layout, None if exact else self._keep(index, layout, x), exact)
+            x = block(x, layout, None if exact else self._keep(index, layout, x, draws), exact)
             if stage is not None:
                 if self.anchor_side is not None:
                     x = self.scans_across[stage](x, layout, across=True, exact=exact)

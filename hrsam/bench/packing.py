@@ -1,0 +1,156 @@
+"""``hrsam bench packing``: encoder training on pictures of different sizes, packed and padded to the largest."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import cycle, permutations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrsam.bench import models
+from hrsam.bench.record import Record, dtype_of
+from hrsam.models.cost import encode_cost
+from hrsam.models.encoder import Encoder, EncoderConfig
+
+PRESETS, BATCHES = ("hrsam_b", "hrsam_pp_b"), (8, 16)
+SIDES, QUICK_SIDES, ASPECTS = (640, 2048), (32, 96), (0.5, 1.0)
+PACKED, NEW, PADDED = "packed", "packed, a new layout each step", "padded to the largest"
+NOTE = (
+    "forward and backward of the encoder for a given gradient of the features; long sides uniform in 640…2048 pixels (32…96 in "
+    "a quick run), short sides ½ to 1 of them, upright or lying; useful: share of the padded batch that is picture; 'a new "
+    "layout' lets every call make its index tables, as the steps of a training do; padded pictures are another function of the "
+    "same weights, which sees the padding, so only packed results are checked; operations are three times those of the forward "
+    "pass without padding, for all rows"
+)
+
+
+def bench_packing(
+    *,
+    device: torch.device,
+    dtype: str = "bfloat16",
+    presets: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    quick: bool = False,
+    seconds: float = 1.0,
+) -> dict[str, Any]:
+    """Images a second at equal pictures a step.  Raises ``BenchError`` for a wrong result."""
+    kind, batches = dtype_of(dtype), tuple(batches) or ((3,) if quick else BATCHES)
+    record = Record("packing", device, quick=quick, seconds=seconds)
+    record.notes.append(NOTE)
+    for preset in presets or (PRESETS[:1] if quick else PRESETS):  # an anchor map is most of a small picture's work
+        model = models.random_model(preset, device, quick).train()
+        encoder, config = model.encoder, model.config.encoder
+        assert isinstance(encoder, Encoder)
+        assert isinstance(config, EncoderConfig)
+        for batch in batches:
+            sizes = picture_sizes(batch, QUICK_SIDES if quick else SIDES, config.patch)
+            g = torch.Generator().manual_seed(models.SEED)
+            xs = [torch.randn(3, *size, generator=g).to(device) for size in sizes]
+            grids = [(height // config.patch, width // config.patch) for height, width in sizes]
+            ws = [torch.randn(config.out_channels, *grid, generator=g).to(device) for grid in grids]
+            orders = cycle(permutations(range(batch)))
+            runs = {
+                PACKED: partial(step, encoder, xs, ws),
+                NEW: partial(new_layout, encoder, xs, ws, orders),
+                PADDED: partial(padded_step, encoder, xs, ws),
+            }
+            height, width = (max(sides) for sides in zip(*sizes))
+            useful = sum(h * w for h, w in sizes) / (batch * height * width)
+            first = len(record.rows)
+            record.time(
+                {"preset": preset, "pictures": batch, "useful": round(useful, 3)},
+                {name: models.under(kind, device, run, grad=True) for name, run in runs.items()},
+                check=partial(_check, record, encoder, xs, ws, kind, f"{preset} {batch}"),
+                baselines=(PADDED,),
+                optional=(PADDED,),
+                flops=3 * sum(encode_cost(config, *size).flops for size in sizes),
+                dtype=kind,
+            )
+            for row in record.rows[first:]:
+                row["pictures_per_s"] = float(f"{1000 * batch / row['median_ms']:.4g}")
+        del model, encoder  # one at a time on the device
+    return record.done(dtype=dtype, batches=list(batches))
+
+
+def picture_sizes(count: int, sides: tuple[int, int], patch: int) -> list[tuple[int, int]]:
+    """(height, width) in whole patches, the same for every machine."""
+    rng = random.Random(models.SEED)
+    sizes = []
+    for _ in range(count):
+        long = rng.uniform(*sides)
+        size = [patch * max(1, round(side / patch)) for side in (long, long * rng.uniform(*ASPECTS))]
+        sizes.append((size[0], size[1]) if rng.random() < 0.5 else (size[1], size[0]))
+    return sizes
+
+
+def step(encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Features of each picture and the gradient of Σ features · ``ws`` for each weight."""
+    return _gradients(encoder, encoder.forward_packed(xs), ws)
+
+
+def new_layout(
+    encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor], orders: Iterator[Sequence[int]]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """:func:`step` in the next of the ``orders``; results in the order of ``xs``."""
+    order = next(orders)
+    features, grads = step(encoder, [xs[i] for i in order], [ws[i] for i in order])
+    return [features[order.index(i)] for i in range(len(xs))], grads
+
+
+def padded_step(encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """One batch of the largest height and width; gradients come from the same cells."""
+    height, width = (max(x.shape[axis] for x in xs) for axis in (1, 2))
+    whole = torch.stack([F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in xs])
+    features = [f[:, : w.shape[1], : w.shape[2]] for f, w in zip(encoder(whole), ws)]
+    return _gradients(encoder, features, ws)
+
+
+def _gradients(
+    encoder: Encoder, features: Sequence[Tensor], ws: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    named = dict(encoder.named_parameters())
+    given = [w.to(f.dtype) for f, w in zip(features, ws)]
+    grads = torch.autograd.grad(features, list(named.values()), given, materialize_grads=True)
+    return [f.detach() for f in features], dict(zip(named, grads))
+
+
+def _check(
+    record: Record,
+    encoder: Encoder,
+    xs: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    kind: torch.dtype,
+    name: str,
+    results: dict[str, Any],
+) -> None:
+    """Packed against one picture after the other, in higher precision; the budget is the error of that in the timed one."""
+    with models.precision(kind, record.device):
+        low = _one_by_one(encoder, xs, ws)
+    plain, high_kind = models.yardstick(encoder, record.device)
+    with models.exactly():
+        high = _one_by_one(plain, [x.to(high_kind) for x in xs], [w.to(high_kind) for w in ws])
+    for run in (PACKED, NEW):
+        features, grads = results[run]
+        for index in range(len(xs)):
+            part = f"{name}: {run}, features of picture {index}"
+            record.gate.check(part, features[index], high[0][index], low[0][index])
+        record.gate.check_all(f"{name}: {run}, gradients", grads, high[1], low[1], factor=3.0)
+
+
+def _one_by_one(
+    encoder: nn.Module, xs: Sequence[Tensor], ws: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    named = {name.removeprefix("encoder."): p for name, p in encoder.named_parameters()}  # a flow holds an encoder
+    maps, total = [], {name: torch.zeros_like(p) for name, p in named.items()}
+    for x, w in zip(xs, ws):
+        features = encoder(x.unsqueeze(0))[0]
+        grads = torch.autograd.grad(features, list(named.values()), w.to(features.dtype), materialize_grads=True)
+        maps.append(features.detach())
+        for into, grad in zip(total.values(), grads):
+            into += grad
+    return maps, total

@@ -1,0 +1,288 @@
+"""Training pictures of data sets that do not fit into memory, step by step.
+
+What a step holds is a function of the settings, the seed, the step, the rank and the number of ranks, and of nothing that
+happened before: a run goes on where it stopped when it knows its step.  An epoch is a permutation of all pictures; steps
+follow one another through the epochs without a gap.  The pictures of a step are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
+
+from hrsam.config import Settings
+from hrsam.data.bank import PhotoBank, _box_and_anchor, _filled
+from hrsam.data.datasets import open_dataset
+from hrsam.data.index import Item
+from hrsam.data.packing import best_fit, longest_first
+from hrsam.data.shot import CANDIDATES, PATCH, Photo, Shot, Unusable, load_shot, resized
+from hrsam.data.transforms import Chance
+from hrsam.data.workers import ahead
+
+logger = logging.getLogger("hrsam")
+
+Measure = Callable[[int, int], tuple[int, float]]
+"""Height and width of a picture in pixels -> (tokens in the packed sequence, cost in any unit)."""
+
+
+def _whole_order(sides: tuple[int, int]) -> tuple[int, int]:
+    if not PATCH <= sides[0] <= sides[1]:
+        raise ValueError(f"give two sides of at least {PATCH} pixels, the smaller one first")
+    return sides
+
+
+def _eighths(sides: tuple[int, ...]) -> tuple[int, ...]:
+    if not sides or any(side < 8 or side % 8 for side in sides):
+        raise ValueError("give sides that are positive multiples of 8")
+    return sides
+
+
+class Source(Settings):
+    """A data set: its ``name`` in ``DATASETS`` and its ``root``, folder or annotation file."""
+
+    name: str
+    root: str
+
+
+class Packed(Settings):
+    """Whole pictures with their own aspect ratio: the long side drawn from ``sides``, mirrored and recoloured by chance; packs
+    of at most ``tokens`` tokens, the anchor map's included."""
+
+    sides: Annotated[tuple[int, int], AfterValidator(_whole_order)] = (640, 2048)
+    tokens: PositiveInt = 16384
+    mirror: Chance = 0.5
+    colour: Chance = 0.5
+
+
+class Canvases(Settings):
+    """Photos for :func:`hrsam.data.transforms.make_batch`: a step's canvases have one of the ``sides``; photos are kept with a
+    long side of at most ``photo_side``."""
+
+    sides: Annotated[tuple[int, ...], AfterValidator(_eighths)] = (1024,)
+    photo_side: int = Field(default=1024, ge=8, multiple_of=8)
+
+
+class StreamSettings(Settings):
+    """``data``: sets, taken together, so that each counts by its pictures.  ``batch``: pictures a step on all devices together.
+    ``packed`` or ``canvases``: the form of a step.  ``objects`` of a picture at most.
+
+    ``on_error``: what is wrong with a file stops the run, or the picture is left out, counted and said.  ``workers``:
+    processes that load, 0 for none; ``prefetch``: steps they are ahead; ``patience``: seconds after which a silent one stands
+    still.
+    """
+
+    data: tuple[Source, ...]
+    batch: PositiveInt
+    packed: Packed | None = None
+    canvases: Canvases | None = None
+    objects: PositiveInt = 2
+    seed: int = Field(default=0, ge=0)
+    on_error: Literal["stop", "skip"] = "stop"
+    workers: int = Field(default=2, ge=0)
+    prefetch: PositiveInt = 2
+    patience: float = Field(default=25.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_form(self) -> StreamSettings:
+        if (self.packed is None) == (self.canvases is None):
+            raise ValueError("give the form of a step: either packed or canvases, for instance packed={}")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """This rank's share of a step in ``packs`` for the encoder, none where no picture could be used."""
+
+    step: int
+    packs: tuple[tuple[Photo, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CanvasBatch:
+    """This rank's photos of a step, on the CPU, for canvases of ``side`` pixels."""
+
+    step: int
+    bank: PhotoBank
+    side: int
+
+
+def patches(height: int, width: int) -> tuple[int, float]:
+    """The measure without a model: one token a patch, and as much cost."""
+    count = -(-height // PATCH) * -(-width // PATCH)
+    return count, float(count)
+
+
+class Stream:
+    """Batches of one rank.  ``measure``: what a picture costs the encoder, for packs and for equal work on all ranks.
+
+    ``skipped``: pictures left out so far.  Raises ``ValueError`` for sets that cannot be read, fewer pictures a step than
+    ranks, and canvases that cannot be shared equally.
+    """
+
+    def __init__(self, settings: StreamSettings, *, rank: int = 0, world: int = 1, measure: Measure = patches):
+        if settings.batch < world or (settings.canvases and settings.batch % world):
+            need = f"a multiple of {world}" if settings.canvases else f"at least {world}"
+            raise ValueError(f"got {settings.batch} pictures a step for {world} devices; give {need}")
+        self.settings, self.rank, self.world, self.measure = settings, rank, world, measure
+        self.pictures = _pictures(settings)
+        self.skipped = 0
+        self._long_said = False
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def __len__(self) -> int:
+        """Pictures of an epoch."""
+        return len(self.pictures)
+
+    def shots(self, step: int) -> list[Shot]:
+        """What this rank loads for a step; nothing is decoded.
+
+        Packed pictures are dealt by cost, the costliest first, by the size in the head of their file.
+        """
+        shots = [
+            self._shot(position) for position in range(step * self.settings.batch, (step + 1) * self.settings.batch)
+        ]
+        if self.settings.canvases or self.world == 1:
+            return shots[self.rank :: self.world]
+        costs = [self.measure(*resized(*_size(shot), shot.side, shot.enlarge))[1] for shot in shots]
+        return [shots[index] for index in longest_first(costs, self.world)[self.rank]]
+
+    def batch(self, step: int) -> PackedBatch | CanvasBatch:
+        """A step's batch, loaded here and now."""
+        return self._batch(step, [load_shot(shot) for shot in self.shots(step)])
+
+    def batches(self, first: int = 0) -> Generator[PackedBatch | CanvasBatch, None, None]:
+        """:meth:`batch` of ``first`` and all steps after it, loaded ahead; close it to end the processes.
+
+        Raises ``ValueError`` that names a file, and :class:`hrsam.data.workers.WorkerError` that names the file of a process
+        which died or stands still.
+        """
+        dealt: deque[tuple[int, int]] = deque()
+
+        def shots() -> Iterator[Shot]:
+            for step in itertools.count(first):
+                mine = self.shots(step)
+                dealt.append((step, len(mine)))
+                yield from mine
+
+        settings = self.settings
+        most = settings.prefetch * -(-settings.batch // self.world)
+        loaded = ahead(
+            load_shot, shots(), workers=settings.workers, most=most, patience=settings.patience,
+            name=lambda shot: str(shot.picture),
+        )  # fmt: skip
+        with closing(loaded):
+            for photo in loaded:
+                step, count = dealt.popleft()
+                yield self._batch(step, [photo, *itertools.islice(loaded, count - 1)])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.argsort(self._rng(0, epoch).random(len(self)), kind="stable")
+
+    def _shot(self, position: int) -> Shot:
+        """``position``: number of pictures of all ranks before this one since the first step."""
+        epoch, place = divmod(position, len(self))
+        picture, items = self.pictures[self._order(epoch)[place]]
+        rng = self._rng(1, position)
+        order = np.argsort(rng.random(len(items)), kind="stable")[:CANDIDATES]
+        objects, packed, canvases = self.settings.objects, self.settings.packed, self.settings.canvases
+        side, mirror, colour = 0, 0.0, 0.0  # canvases are mirrored and recoloured when they are made
+        if packed is not None:
+            side, mirror, colour = int(rng.integers(packed.sides[0], packed.sides[1] + 1)), packed.mirror, packed.colour
+        elif canvases is not None:
+            side = canvases.photo_side
+        chosen, seed = tuple(items[i] for i in order), int(rng.integers(2**63))
+        return Shot(picture, chosen, objects, side, packed is not None, mirror, colour, seed)
+
+    def _rng(self, what: int, *place: int) -> np.random.Generator:
+        """``what`` is drawn: 0 the order of an epoch, 1 what happens to a picture, 2 a step's side."""
+        return np.random.default_rng([what, self.settings.seed, *place])
+
+    def _batch(self, step: int, loaded: Sequence[Photo | Unusable]) -> PackedBatch | CanvasBatch:
+        photos = []
+        for photo in loaded:
+            if isinstance(photo, Photo):
+                photos.append(photo)
+            elif self.settings.on_error == "stop":
+                raise ValueError(f"{photo.why}; or leave such pictures out with on_error=skip")
+            else:
+                self.skipped += 1
+                logger.warning("step %d: left out, %s (%d so far)", step, photo.why, self.skipped)
+        if self.settings.canvases is not None:
+            sides = self.settings.canvases.sides
+            if not photos:
+                raise ValueError(
+                    f"none of the {len(loaded)} pictures of step {step} can be used; see the warnings above"
+                )
+            side = sides[self._rng(2, step).integers(len(sides))]
+            return CanvasBatch(step, _bank(photos, self.settings.canvases.photo_side), side)
+        assert self.settings.packed is not None
+        tokens, most = [self.measure(*photo.pixels.shape[:2])[0] for photo in photos], self.settings.packed.tokens
+        if max(tokens, default=0) > most and not self._long_said:
+            self._long_said = True
+            logger.warning("%d tokens of a picture are more than a pack of %d; such are packs alone", max(tokens), most)
+        return PackedBatch(step, tuple(tuple(photos[i] for i in pack) for pack in best_fit(tokens, most)))
+
+
+def _pictures(settings: StreamSettings) -> list[tuple[Path, tuple[Item, ...]]]:
+    """All pictures with their objects, in the order of the sets."""
+    found: dict[tuple[int, Path], list[Item]] = {}
+    for number, source in enumerate(settings.data):
+        dataset = open_dataset(source.name, source.root)
+        if dataset.problems:
+            first = dataset.problems[0]
+            said = f"{source.name} in {source.root}: {first.where} {first.text} ({len(dataset.problems)} such problems)"
+            if settings.on_error == "stop":
+                raise ValueError(f"{said}; repair the set, or leave them out with on_error=skip")
+            logger.warning("left out: %s", said)
+        for item in dataset.items:
+            found.setdefault((number, item.picture), []).append(item)
+    if not found:
+        raise ValueError("the data sets hold no picture with an object; give at least one in data")
+    return [(picture, tuple(items)) for (_, picture), items in found.items()]
+
+
+@lru_cache(maxsize=1 << 20)
+def _head(path: Path) -> tuple[int, int] | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pictures that are large
+            with Image.open(path, formats=("JPEG", "PNG", "WEBP", "TIFF", "BMP")) as image:
+                return image.height, image.width
+    except Exception:  # decoders fail in many ways; what is wrong is told when the picture is read
+        return None
+
+
+def _size(shot: Shot) -> tuple[int, int]:
+    """Height and width, the sides perhaps exchanged; a square where the file does not say."""
+    return _head(shot.picture) or (shot.side, shot.side)
+
+
+def _bank(photos: Sequence[Photo], side: int) -> PhotoBank:
+    count = torch.tensor([len(photo.masks) for photo in photos])
+    masks = [mask for photo in photos for mask in photo.masks]
+    boxes, anchors = zip(*map(_box_and_anchor, masks))
+    return PhotoBank(
+        photos=torch.from_numpy(np.stack([_filled(photo.pixels, side).transpose(2, 0, 1) for photo in photos])),
+        sizes=torch.tensor([photo.pixels.shape[1::-1] for photo in photos], dtype=torch.float32),
+        colours=torch.from_numpy(np.stack([photo.pixels.mean((0, 1)) / 255 for photo in photos]).astype(np.float32)),
+        first=count.cumsum(0) - count,
+        count=count,
+        masks=torch.from_numpy(np.stack([_filled(mask.astype(np.uint8) * 255, side) for mask in masks])),
+        owners=torch.repeat_interleave(torch.arange(len(photos)), count),
+        boxes=torch.tensor(np.array(boxes), dtype=torch.float32),
+        anchors=torch.tensor(np.array(anchors), dtype=torch.float32),
+        names=tuple(photo.name for photo in photos),
+    )
