@@ -214,12 +214,20 @@ def train(
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, for instance seed=1.")] = None,  # noqa: UP045
     stop_after: Annotated[float, typer.Option(help="Seconds after which to save and stop.")] = float("inf"),
 ) -> None:
-    """Train with simulated clicks; continues a run that was stopped.  Several devices: accelerate launch -m hrsam …"""
+    """Train with simulated clicks; goes on with a run that was stopped or killed.
+
+    Several devices: torchrun --nproc-per-node 2 -m hrsam train …
+
+    Exit codes: 0 it is done, or SIGTERM or Ctrl-C came and it is saved; 2 wrong input; 3 a checkpoint or the log cannot be
+    written; 4 a loss, gradient or weight is not finite; 5 a process that loads data is dead. The last checkpoint is whole
+    after each of them.
+    """
     from hrsam.config import read_settings
     from hrsam.train import TrainSettings
     from hrsam.train import train as run
 
-    typer.echo(run(read_settings(TrainSettings, config, overrides or ()), stop_after=stop_after))
+    settings = read_settings(TrainSettings, config, overrides or ())
+    typer.echo(run(settings, stop_after=stop_after, live=sys.stderr.isatty()))
 
 
 def _load(name: str, device: str):
@@ -247,14 +255,15 @@ def _device(name: str) -> str:
 
 
 def main() -> None:
-    """Run the command line; what a user did wrong is one sentence on stderr and exit code 2."""
+    """Run the command line; what a user did wrong is one sentence on stderr and exit code 2, or the one the error names."""
     try:
         app(prog_name="hrsam")  # also under `python -m hrsam`
-    except (ValueError, OSError) as err:
-        if "--verbose" in sys.argv or "-v" in sys.argv:
+    except Exception as err:
+        code = getattr(err, "exit_code", 2 if isinstance(err, (ValueError, OSError)) else None)
+        if code is None or "--verbose" in sys.argv or "-v" in sys.argv:
             raise
         typer.echo(f"hrsam: {' '.join(str(err).split())}", err=True)
-        sys.exit(2)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

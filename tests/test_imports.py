@@ -15,12 +15,13 @@ ROOT = Path(hrsam.__file__).parents[1]
 # Rooms from the ground up.  A room may import from rows below its own, and from its own files.
 HOUSE = (
     (1, "_compat checkpoint config frame images kernels layout metrics rle"),
-    (1, "losses"),
+    (1, "losses optim progress"),
+    (1, "run"),
     (2, "ops data"),
     (3, "clicks models"),
     (3, "weightfile"),
     (3, "weights"),
-    (4, "baselines lockstep report segmenters session rollout targetfile teachers traces"),
+    (4, "baselines lockstep loop report segmenters session rollout targetfile teachers traces"),
     (5, "evaluation predictor train"),
     (5, "playing"),
     (5, "targets"),

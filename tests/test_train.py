@@ -1,49 +1,44 @@
-"""Training on a few coloured shapes: steps, states, resuming, and what stops it."""
+"""Training on a few coloured shapes: steps, checkpoints, parts of a step, and what a run writes."""
 
 import itertools
-import json
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hrsam import loop
 from hrsam import train as training
-from hrsam.checkpoint import load_state
+from hrsam.checkpoint import load_state, step_of
 from hrsam.data.bank import PhotoBank
 from hrsam.data.transforms import make_batch
+from hrsam.loop import Part, seed_of
+from hrsam.models.block import Block
 from hrsam.models.model import HRSAM
 from hrsam.models.presets import PRESETS
+from hrsam.optim import Phase, parameter_groups
 from hrsam.rollout import ClickRollout, Rounds
-from hrsam.train import Phase, TrainSettings, build_optimizer, load_bank
+from hrsam.train import ClickTask, TrainSettings, fingerprint, load_bank
 from hrsam.weightfile import save
 from tests.builders import small_config
+from tests.tiny_training import assert_same_states, last_state, log_lines, on_batch, settings, write_photos
 
 GUESSES = "mask_decoder.output_hypernetworks_mlps."  # only the best of them is pulled
-FEW_ROUNDS = Rounds(trained=2, another=0.5, most_silent=1)
+BOXES = "prompt_encoder.point_embeddings."
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Four photos of 64x64 with a disc each, the first with a block as its second object."""
-    root = tmp_path_factory.mktemp("photos") / "part1"
-    (root / "images").mkdir(parents=True)
-    (root / "masks").mkdir()
-    rows, columns = np.mgrid[:64, :64]
-    for i in range(4):
-        pixels = np.full((64, 64, 3), 40 * i, np.uint8)
-        masks = [(rows - 20 - 6 * i) ** 2 + (columns - 36) ** 2 < 144]
-        if i == 0:
-            masks.append((rows > 44) & (columns < 30))
-        for k, mask in enumerate(masks):
-            pixels[mask] = ((220, 30, 40), (20, 200, 60))[k]
-            Image.fromarray(mask.astype(np.uint8) * 255).save(root / "masks" / f"shape{i}_{k}.png")
-        Image.fromarray(pixels).save(root / "images" / f"shape{i}.png")
-    return root
+    return write_photos(tmp_path_factory.mktemp("photos") / "part1")
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +46,16 @@ def bank(folder):
     return PhotoBank.load([folder], long_side=64)
 
 
-@pytest.fixture(autouse=True)
-def _small_preset_on_the_cpu(monkeypatch):
-    monkeypatch.setitem(PRESETS, "test", small_config)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # only there runs are equal to the bit
-
-
-def settings(out, steps=2, **changes):
-    values = {
-        "preset": "test",
-        "data": ("unused",),
-        "out": str(out),
-        "phases": (Phase(side=64, batch=2, steps=steps, lr=1e-3),),
-        "rounds": FEW_ROUNDS,
-        "warmup": 1,
-        "log_every": 1,
-        "save_every": 1,
-    }
-    return TrainSettings(**{**values, **changes})
+@pytest.fixture(scope="module", autouse=True)
+def _small_preset_on_one_thread():
+    """Runs are equal to the bit on one kind of device, with one number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "test", small_config)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+    torch.set_num_threads(threads)
 
 
 def fresh_model(seed=0):
@@ -76,29 +63,13 @@ def fresh_model(seed=0):
     return HRSAM(small_config()).train()
 
 
-def on_batch(monkeypatch, change):
-    """Let the next run train on ``change(number, batch)``, steps numbered from 1."""
-    numbers = itertools.count(1)
-    monkeypatch.setattr(training, "make_batch", lambda *args: change(next(numbers), make_batch(*args)))
-
-
-def assert_same_states(a, b):
-    flat_a, flat_b = ({**s["model"], **{f"average {k}": v for k, v in s["average"].items()}} for s in (a, b))
-    assert flat_a.keys() == flat_b.keys()
-    for name, value in flat_a.items():
-        assert torch.equal(value, flat_b[name]), name
-    moments = [[v for slots in s["optimizer"]["state"].values() for v in slots.values()] for s in (a, b)]
-    assert len(moments[0]) > 100
-    assert all(torch.equal(x, y) for x, y in zip(*moments, strict=True))
-    assert a["step"] == b["step"]
-
-
 def test_a_run_writes_state_and_log(tmp_path, folder, monkeypatch):
     canvases = []
     on_batch(monkeypatch, lambda number, batch: canvases.append(batch.pixels) or batch)
     run = settings(tmp_path / "new" / "run", data=(str(folder),))
     path = training.train(run)
-    assert path == tmp_path / "new" / "run" / "state.pt"
+    assert path.parent == tmp_path / "new" / "run" / "checkpoints"
+    assert step_of(path) == 2
     state = load_state(path)
     assert state["step"] == 2
     assert TrainSettings(**state["settings"]) == run
@@ -106,35 +77,20 @@ def test_a_run_writes_state_and_log(tmp_path, folder, monkeypatch):
     assert state["model"].keys() == state["average"].keys() == start.keys()
     fixed = [name for name, value in state["model"].items() if torch.equal(value, start[name])]
     fixed.remove("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix")
-    assert all(name.startswith(GUESSES) for name in fixed)
+    assert all(name.startswith((GUESSES, BOXES)) for name in fixed), fixed  # no step began with a box
     assert len(canvases) == 2
     assert not torch.equal(*canvases)
-    lines = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+    lines = log_lines(run)
     assert [line["step"] for line in lines] == [1, 2]
     assert [line["images"] for line in lines] == [2, 4]
-    assert [line["lr"] for line in lines] == [round(run.lr_at(step), 7) for step in (0, 1)]
+    assert [line["tokens"] for line in lines] == [40, 80]  # 4 × 4 patches and 2 × 2 of the anchor map
+    assert [line["lr"] for line in lines] == [round(run.lr_at(step), 9) for step in (0, 1)]
     for line in lines:
         assert 0 < line["loss"] < 10
         assert 0 <= line["iou_first"] <= 1
         assert line["grad_norm"] > 0
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, bank, monkeypatch):
-    def kill(number, batch):
-        if number == 2:
-            raise KeyboardInterrupt
-        return batch
-
-    straight = load_state(training.train(settings(tmp_path / "straight", steps=3), bank=bank))
-    with monkeypatch.context() as patch:
-        on_batch(patch, kill)
-        with pytest.raises(KeyboardInterrupt):
-            training.train(settings(tmp_path / "killed", steps=3), bank=bank)
-    assert load_state(tmp_path / "killed" / "state.pt")["step"] == 1
-    torch.rand(7)  # nothing may hang on the global generator
-    assert_same_states(load_state(training.train(settings(tmp_path / "killed", steps=3), bank=bank)), straight)
-    log = (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log] == [1, 2, 3]
+        assert line["memory_gib"] > 0
+        assert line["clicks_per_s"] > line["images_per_s"] > 0  # two objects an image, at least three prompts each
 
 
 def test_a_finished_run_is_not_repeated_and_another_seed_differs(tmp_path, bank):
@@ -149,16 +105,8 @@ def test_a_finished_run_is_not_repeated_and_another_seed_differs(tmp_path, bank)
 
 
 def test_stop_after_saves_and_returns(tmp_path, bank):
-    assert load_state(training.train(settings(tmp_path), bank=bank, stop_after=0))["step"] == 0
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path, bank, monkeypatch):
-    on_batch(monkeypatch, lambda number, batch: replace(batch, pixels=batch.pixels * (math.nan if number == 2 else 1)))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 2; the last saved state is kept"):
-        training.train(settings(tmp_path, steps=3), bank=bank)
-    state = load_state(tmp_path / "state.pt")
-    assert state["step"] == 1
-    assert all(value.isfinite().all() for value in state["model"].values())
+    path = training.train(settings(tmp_path), bank=bank, stop_after=0)
+    assert load_state(path)["step"] == step_of(path) == 0
 
 
 class Plan(random.Random):
@@ -220,39 +168,6 @@ def test_the_anchor_is_half_the_canvas_in_training(tmp_path):
     assert plain.model.encoder.anchor_side is None
 
 
-def test_learning_rates(tmp_path):
-    phases = (Phase(side=64, batch=1, steps=60, lr=1e-3), Phase(side=128, batch=1, steps=40, lr=5e-4))
-    run = settings(tmp_path, phases=phases, warmup=10, decay=0.2, final_lr=0.1)
-    assert run.steps == 100
-    assert [run.phase_at(step) for step in (0, 59, 60, 99, 100)] == [phases[0]] * 2 + [phases[1]] * 3
-    got = [run.lr_at(step) for step in (0, 4, 9, 59, 60, 80, 90, 100)]
-    assert got == pytest.approx([1e-4, 5e-4, 1e-3, 1e-3, 5e-4, 5e-4, 5e-4 * 0.55, 5e-4 * 0.1])
-    rates = [run.lr_at(step) for step in range(80, 101)]
-    assert rates == sorted(rates, reverse=True)
-    assert settings(tmp_path, warmup=0).lr_at(0) == pytest.approx(1e-3)
-
-
-def test_only_matrices_decay(tmp_path):
-    model = HRSAM(small_config())
-    names = {id(p): name for name, p in model.named_parameters()}
-    decaying, free = build_optimizer(model, settings(tmp_path)).param_groups
-    assert (decaying["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
-    assert len(decaying["params"]) + len(free["params"]) == len(names)
-    decaying, free = ({names[id(p)] for p in group["params"]} for group in (decaying, free))
-    for name in ("encoder.blocks.0.attn.qkv.weight", "encoder.scans.0.in_proj.weight", "encoder.laterals.0.0.weight"):
-        assert name in decaying
-    for name in (
-        "encoder.pos_embed",
-        "encoder.blocks.0.attn.padding",
-        "encoder.blocks.0.norm1.weight",
-        "encoder.scans.0.A_log",
-        "encoder.scans.0.gamma",
-        "mask_decoder.mask_tokens.weight",
-        "prompt_encoder.no_mask_embed.weight",
-    ):
-        assert name in free
-
-
 def test_held_out_photos_are_not_trained_on(folder, tmp_path):
     run = settings(tmp_path, data=(str(folder),), hold_out=2)
     assert load_bank(run).names == ("part1/shape0", "part1/shape2")
@@ -263,16 +178,19 @@ def test_held_out_photos_are_not_trained_on(folder, tmp_path):
 def slow_clock(monkeypatch):
     """A clock that moves on by a tenth of a second whenever somebody looks at it."""
     ticks = itertools.count()
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 10))
-    monkeypatch.setattr(training, "CLOCK_EVERY", 2)
+    clock = SimpleNamespace(monotonic=lambda: next(ticks) / 10)
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(loop, "CLOCK_EVERY", 2)
 
 
 def test_a_time_budget_is_kept_and_shared_out_to_the_phases(tmp_path, bank, slow_clock):
     phases = (Phase(side=32, batch=1, steps=3, lr=1e-3), Phase(side=64, batch=1, steps=1, lr=5e-4))
-    state = torch.load(training.train(settings(tmp_path, phases=phases, budget=4.0, save_every=99), bank=bank))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    run = settings(tmp_path, phases=phases, budget=6.0, save_every=99)
+    state = load_state(training.train(run, bank=bank))
+    lines = log_lines(run)
     sides = [line["side"] for line in lines]
-    assert 4.0 <= state["spent"] < 5.0
+    assert 6.0 <= state["spent"] < 7.0
     assert state["step"] % 2 == 0
     assert sides == sorted(sides)
     assert 0.5 < sides.count(32) / len(sides) < 0.95  # three quarters of the time
@@ -281,8 +199,8 @@ def test_a_time_budget_is_kept_and_shared_out_to_the_phases(tmp_path, bank, slow
 
 
 def test_a_spent_budget_is_not_spent_again(tmp_path, bank, slow_clock):
-    first = torch.load(training.train(settings(tmp_path, budget=2.0), bank=bank))
-    again = torch.load(training.train(settings(tmp_path, budget=2.0), bank=bank))
+    first = load_state(training.train(settings(tmp_path, budget=2.0), bank=bank))
+    again = load_state(training.train(settings(tmp_path, budget=2.0), bank=bank))
     assert again["step"] == first["step"] > 0
 
 
@@ -292,7 +210,7 @@ def test_a_run_can_start_from_weights(tmp_path, bank):
     save(begin, tmp_path / "begin.safetensors", metadata={"licence": "none", "source": "test"})
     run = settings(tmp_path / "a", steps=1, start=str(tmp_path / "begin.safetensors"))
     run = run.model_copy(update={"phases": (Phase(side=64, batch=2, steps=1, lr=0.0),)})
-    state = torch.load(training.train(run, bank=bank))
+    state = load_state(training.train(run, bank=bank))
     for name, value in begin.state_dict().items():
         assert torch.equal(state["model"][name], value), name
     save(
@@ -303,3 +221,138 @@ def test_a_run_can_start_from_weights(tmp_path, bank):
     with pytest.raises(ValueError, match="not a test; start from weights of that architecture"):
         training.train(settings(tmp_path / "b", start=str(tmp_path / "other.safetensors")), bank=bank)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_step_is_the_mean_over_its_parts(tmp_path, bank):
+    """Three parts of one canvas, the gradient in one vector and a fused update, against plain PyTorch."""
+    run = settings(tmp_path, steps=1, batch=1, accumulate=3)
+    state = load_state(training.train(run, bank=bank))
+    (line,) = log_lines(run)
+    model = fresh_model()
+    task, losses = ClickTask(model, bank, run), []
+    for index in range(3):
+        seed, plan = seed_of(run.seed, 0, 1 + index), random.Random(seed_of(run.seed, 0, 0))
+        outcome = task.part(Part(0, index, 3, run.phases[0], torch.Generator().manual_seed(seed), plan))
+        losses.append(outcome.loss)
+    mean = sum(losses) / 3
+    mean.backward()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+    groups = parameter_groups(model, run.weight_decay)
+    torch.optim.AdamW(groups, lr=run.lr_at(0), betas=run.betas, foreach=False).step()
+    assert line["loss"] == pytest.approx(mean.item(), abs=1e-4)
+    assert line["grad_norm"] == pytest.approx(norm.item(), abs=2e-3)
+    assert line["images"] == 3
+    moved = 0
+    for name, value in model.state_dict().items():
+        # Adam's first step has the size of the rate, whatever the gradient; where that is next to 0 rounding decides its sign
+        near = (state["model"][name] - value).abs() < 1e-6
+        moved += near.sum().item()
+        assert near.float().mean() > 0.99, name
+    assert moved > 0.999 * sum(value.numel() for value in model.state_dict().values())
+
+
+def test_parts_draw_different_canvases_and_the_same_rounds(tmp_path, bank, monkeypatch):
+    seen = []
+    forward = ClickRollout.forward
+
+    def watched(self, pixels, truth, generator, plan):
+        seen.append((pixels, plan.getstate()))
+        return forward(self, pixels, truth, generator, plan)
+
+    monkeypatch.setattr(ClickRollout, "forward", watched)
+    training.train(settings(tmp_path, batch=1, accumulate=2), bank=bank)
+    (a, b), (c, d) = seen[:2], seen[2:]
+    assert a[1] == b[1] != c[1] == d[1]
+    canvases = [pixels for pixels, _ in (a, b, c, d)]
+    assert not any(torch.equal(x, y) for x, y in itertools.combinations(canvases, 2))
+
+
+SCRIPT = """
+import sys
+from hrsam.cli import main
+from tests.tiny_training import use_small_preset
+use_small_preset()
+sys.argv = ["hrsam", "train", *sys.argv[1:]]
+main()
+"""
+
+
+def test_two_processes_equal_one_that_accumulates(tmp_path, folder):
+    """Two of one canvas each, by torchrun over gloo; then one with two parts goes on with their run."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    one = settings(tmp_path / "one", steps=3, batch=1, data=(str(folder),), accumulate=2)
+    training.train(one)
+    run = one.model_copy(update={"out": str(tmp_path / "two"), "accumulate": 1})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    fresh = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, str(script), str(tmp_path / "run.yaml")], env=fresh, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    a, b = last_state(one), last_state(run)
+    for name, value in a["model"].items():
+        torch.testing.assert_close(b["model"][name], value, rtol=0, atol=1e-6, msg=name)
+    for x, y in zip(log_lines(one), log_lines(run), strict=True):
+        assert (y["step"], y["images"], y["clicks"], y["tokens"]) == (x["step"], x["images"], x["clicks"], x["tokens"])
+        assert y["loss"] == pytest.approx(x["loss"], abs=1e-4)
+    moved = run.model_copy(update={"accumulate": 2})
+    assert step_of(training.train(moved)) == 3
+
+
+def test_recomputed_blocks_change_nothing(tmp_path, bank, monkeypatch):
+    calls = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, *args: calls.append(1) or forward(self, *args))
+    usual = load_state(training.train(settings(tmp_path / "a"), bank=bank))
+    once = len(calls)
+    run = settings(tmp_path / "b", recompute=True, graphs=False)
+    assert_same_states(load_state(training.train(run, bank=bank)), usual)
+    assert len(calls) == 3 * once  # once as before, and twice
+
+
+def test_recomputing_and_graphs_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="set graphs=false with it"):
+        settings(tmp_path, recompute=True)
+
+
+def test_shards_are_refused(tmp_path, bank, monkeypatch):
+    made = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **options: made)
+    with pytest.raises(
+        ValueError, match="FSDP is not supported, each device holds the whole model; start with torchrun"
+    ):
+        training.train(settings(tmp_path), bank=bank)
+
+
+def test_a_picture_shows_object_mask_and_clicks(tmp_path, bank):
+    run = settings(tmp_path, steps=1)
+    training.train(run, bank=bank)
+    (shown,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Images("train/clicks")
+    assert (shown.step, shown.width, shown.height) == (1, 128, 64)
+
+    task = ClickTask(fresh_model(), bank, run)
+    assert task.picture() is None
+    plan = Plan(KINDS["click"])
+    task.part(Part(0, 0, 1, run.phases[0], torch.Generator().manual_seed(4), plan))
+    mask, clicks = task.witness.last_seen(64)
+    assert mask.shape == (64, 64)
+    assert len(clicks) >= 2
+    picture = task.picture()
+    assert picture.shape == (64, 128, 3)
+    left, right = np.split(picture, 2, axis=1)
+    x, y = int(clicks[0].x), int(clicks[0].y)
+    assert task.canvas[1][y, x]  # the first click is on the object
+    red, green, blue = right[y, x].astype(int)
+    assert green > max(red, blue)
+    assert left[y, x, 1] < green
+
+
+def test_other_photos_have_another_fingerprint(bank):
+    assert fingerprint(bank) == fingerprint(bank.to("cpu"))
+    for name in ("sizes", "colours", "boxes", "anchors"):
+        assert fingerprint(replace(bank, **{name: getattr(bank, name) + 1})) != fingerprint(bank)
+    assert fingerprint(replace(bank, names=("x", *bank.names[1:]))) != fingerprint(bank)

@@ -1,6 +1,6 @@
 """Averaged weights of a training run -> a weight file for weights/, and its manifest entry on the screen.
 
-python tools/export_starter.py out/starter/state.pt weights/hrsam_pp_t.starter.safetensors
+python tools/export_starter.py out/starter/checkpoints/step-00003850-*.pt weights/hrsam_pp_t.starter.safetensors
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from hrsam.data.bank import PhotoBank
 from hrsam.data.transforms import make_batch
 from hrsam.models.presets import build
+from hrsam.optim import Phase, build_optimizer
 from hrsam.rollout import ClickRollout, compile_parts
-from hrsam.train import Phase, TrainSettings, build_optimizer, graph_encoder
+from hrsam.train import TrainSettings, graph_encoder
 
 
 def main() -> None:
