@@ -46,7 +46,7 @@ def accuracy() -> str:
             ious = " | ".join(f"{row[f'iou@{k}']:.3f}" for k in (1, 3, 5, 10, 20))
             clicks = " | ".join(f"{row[f'noc@{q}']:.2f}" for q in (80, 85, 90, 95))
             lines.append(f"| {label} | {row['samples']} | {ious} | {clicks} |")
-    lines.append("| aim, davis + hqseg44k | | 0.670 | | 0.840 | | 0.880 | | | | |")
+    lines.append("| aim, davis + hqseg44k | | 0.740 | | 0.880 | | 0.910 | | 6.50 | 9.00 | |")
     side = report["results"][0]["method"]["side"]
     lines += [
         "",
