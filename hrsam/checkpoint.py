@@ -69,12 +69,12 @@ class _Hashed:
     """A file whose bytes are hashed on their way.  An error is kept, since PyTorch's writer would turn it into another."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.sum = file, hashlib.sha256()
+        self.file, self.digest = file, hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         if self.error is None:
-            self.sum.update(data)
+            self.digest.update(data)
             try:
                 self.file.write(data)
             except OSError as error:
@@ -100,7 +100,7 @@ def save_checkpoint(state: dict[str, Any], folder: Path, step: int, keep: int) -
             raise error
 
     name = f"step-{step:08d}"
-    path = _write(folder, name, write, lambda: folder / f"{name}-{written[0].sum.hexdigest()[:16]}.pt")
+    path = _write(folder, name, write, lambda: folder / f"{name}-{written[0].digest.hexdigest()[:16]}.pt")
     for old in checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -149,8 +149,8 @@ def load_state(path: str | Path) -> dict[str, Any]:
 def _is_whole(path: Path) -> bool:
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
-    sum = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
-            sum.update(chunk)
-    return sum.hexdigest().startswith(match[2])
+            digest.update(chunk)
+    return digest.hexdigest().startswith(match[2])

@@ -120,19 +120,20 @@ def in_a_child(run, fuse=None):
     return process.exitcode
 
 
+IN_STEPS, IN_SAVES = (1, 4, 7, 10, 12), (2, 3, 5, 6, 7)
 PLACES = {
-    "before a forward pass": ("hrsam.train.make_batch", False),
-    "between gradient and update": ("hrsam.loop.move", False),
-    "after the averaged weights": ("hrsam.optim.Average.update", True),
-    "before a checkpoint gets its name": ("os.replace", False),
-    "after it got its name": ("os.replace", True),
-    "after the old ones are removed": ("hrsam.loop.save_checkpoint", True),
+    "before a forward pass": ("hrsam.train.make_batch", False, IN_STEPS),
+    "between gradient and update": ("hrsam.loop.move", False, IN_STEPS),
+    "after the averaged weights": ("hrsam.optim.Average.update", True, IN_STEPS),
+    "before a checkpoint gets its name": ("os.replace", False, IN_SAVES),
+    "after it got its name": ("os.replace", True, IN_SAVES),
+    "after the old ones are removed": ("hrsam.loop.save_checkpoint", True, IN_SAVES),
 }
-FUSES = {f"{place} {n}": (what, n, after) for place, (what, after) in PLACES.items() for n in (2, 3, 5, 6, 7)}
+FUSES = {f"{place} {n}": (what, n, after) for place, (what, after, numbers) in PLACES.items() for n in numbers}
 FUSES["while a checkpoint is written"] = ("hrsam.checkpoint._Hashed.write", 3000, False)
 FEW = (
-    "before a forward pass 7",
-    "between gradient and update 2",
+    "before a forward pass 10",
+    "between gradient and update 4",
     "after it got its name 5",
     "while a checkpoint is written",
 )
@@ -278,6 +279,19 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(tmp_path, bank, thr
     training.train(run, bank=bank)
     assert_same_states(last_state(run), last_state(three))
     assert_same_logs(run, three)
+
+
+def test_torchs_own_random_numbers_are_part_of_the_step(tmp_path, bank, monkeypatch):
+    """Stochastic depth of canvases is drawn from them."""
+    monkeypatch.setitem(PRESETS, "test", lambda: small_config(drop_path=0.5))
+    straight, run = settings(tmp_path / "straight"), settings(tmp_path / "run")
+    training.train(straight, bank=bank)
+    with monkeypatch.context() as patch:
+        on_batch(patch, lambda number, batch: os.kill(os.getpid(), signal.SIGTERM) or batch)
+        assert step_of(training.train(run, bank=bank)) == 1
+    torch.rand(7)
+    training.train(run, bank=bank)
+    assert_same_states(last_state(run), last_state(straight))
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, bank, monkeypatch):
@@ -434,6 +448,13 @@ def test_weights_that_overflow_are_not_saved(tmp_path, bank):
     run = settings(tmp_path).model_copy(update={"phases": (Phase(side=64, batch=1, steps=2, lr=1e39),)})
     assert "after step 1 a weight is not finite; the checkpoint of step 0 is kept" in failed(run, bank, NOT_FINITE)
     assert last_state(run)["step"] == 0
+
+
+def test_reports_that_cannot_be_closed_hide_no_other_failure(tmp_path, bank, monkeypatch):
+    monkeypatch.setattr(loop.Reports, "close", no_space(loop.Reports.close, 1))
+    assert "No space left on device" in failed(settings(tmp_path / "a", steps=1), bank, DISK)
+    inject(monkeypatch, "loss", 1, math.nan)
+    assert failed(settings(tmp_path / "b"), bank, NOT_FINITE).startswith("in step 1 the loss is nan")
 
 
 def dead(number, batch):
