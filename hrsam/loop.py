@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,8 @@ class Part:
     """One forward and backward pass.  ``step`` from 0; ``index`` of the part in its step, over all processes, of ``count``.
 
     Random numbers come from ``generator``, on the device, and torch's own, which is seeded alike; from ``plan`` what must be
-    the same in all parts of a step.
+    the same in all parts of a step.  ``backward`` adds the gradient of a piece of the part's loss at once, for parts that would
+    not fit into memory as a whole.
     """
 
     step: int
@@ -49,11 +50,15 @@ class Part:
     phase: Phase
     generator: torch.Generator
     plan: random.Random
+    backward: Callable[[Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Of a part: its ``loss``, a scalar; ``curves`` to average and ``counts`` to add up for the log, the same in all parts."""
+    """Of a part: its ``loss``, a scalar; ``curves`` to average and ``counts`` to add up for the log, the same in all parts.
+
+    The loop goes backward from a loss that has a gradient; one without has been through :attr:`Part.backward` in pieces.
+    """
 
     loss: Tensor
     curves: Mapping[str, Tensor]
@@ -229,14 +234,19 @@ class Loop:
         seed = seed_of(self.settings.seed, self.step, 1 + index)
         torch.manual_seed(seed)
         plan = random.Random(seed_of(self.settings.seed, self.step, 0))
-        part = Part(self.step, index, self.parts, phase, self.generator.manual_seed(seed), plan)
+        part = Part(self.step, index, self.parts, phase, self.generator.manual_seed(seed), plan, self._backward)
         try:
             with self.accelerator.autocast():
                 outcome = self.task.part(part)
         except WorkerError as err:
             raise RunFailed(WORKER, f"{err}; {self._kept()}") from err
-        (outcome.loss / self.settings.accumulate).backward()
+        if outcome.loss.requires_grad:
+            self._backward(outcome.loss)
         return outcome
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            (loss / self.settings.accumulate).backward()
 
     def _place(self, before: float | None) -> float:
         """Where the run is, in steps of the phases; by time, the first process's clock counts and is asked now and then."""

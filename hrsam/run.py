@@ -18,6 +18,7 @@ class RunSettings(Recipe):
     """What any run has.
 
     ``preset``, and ``start``: a tag or weight file of the same architecture to begin from, instead of random weights.
+    ``drop_path``: stochastic depth, the chance that a picture skips the encoder's last block; less before it, linearly.
     ``out``: folder of the run.  ``accumulate``: parts of a step on each device, one after the other, each a phase's ``batch``;
     the step's loss is the mean over all of them.  ``recompute``: blocks of the encoder are computed again in the backward
     pass ("gradient checkpointing"), which takes less memory and about a third more time.
@@ -34,6 +35,7 @@ class RunSettings(Recipe):
 
     preset: str
     start: str | None = None
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     out: str
     budget: float | None = None
     seed: int = Field(default=0, ge=0)

@@ -7,56 +7,111 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from hrsam.clicks import Click
+from hrsam.config import Settings
 from hrsam.data.bank import PhotoBank
-from hrsam.data.transforms import MEAN, STD, CanvasSettings, make_batch
+from hrsam.data.packing import Reduction, loss_total, loss_weights
+from hrsam.data.shot import Photo
+from hrsam.data.stream import CanvasBatch, Canvases, Packed, PackedBatch, Source, Stream, StreamSettings, patches
+from hrsam.data.transforms import MEAN, STD, CanvasSettings, Chance, make_batch
+from hrsam.feed import Feed
 from hrsam.images import overlay
-from hrsam.loop import Loop, Outcome, Part, accelerator, recompute
+from hrsam.loop import Loop, Outcome, Part, accelerator, recompute, seed_of
 from hrsam.models.block import Block, CycleScan
-from hrsam.models.encoder import Encoder
+from hrsam.models.cost import encode_cost
+from hrsam.models.encoder import Encoder, EncoderConfig
 from hrsam.models.model import HRSAM, Decoded
 from hrsam.models.presets import build
 from hrsam.models.sam_vit import PATCH
 from hrsam.optim import Phase
-from hrsam.rollout import ClickRollout, Rounds, compile_parts
+from hrsam.rollout import STRIDE, ClickRollout, Rounds, compile_parts
 from hrsam.run import RunSettings
 from hrsam.weights import load
+
+
+class PackedPictures(Settings):
+    """Whole pictures in packs instead of canvases: a long side drawn from ``smallest`` · side to the phase's side, mirrored and
+    recoloured by chance, packs of at most ``tokens`` tokens.  ``reduction``: whether every image, object, token or pixel of a
+    step counts the same in its loss."""
+
+    smallest: float = Field(default=0.3125, gt=0, le=1)
+    tokens: PositiveInt = 16384
+    mirror: Chance = 0.5
+    colour: Chance = 0.5
+    reduction: Reduction = "image"
 
 
 class TrainSettings(RunSettings):
     """One run; see ``configs/hrsam_pp_t_starter.yaml``, and :class:`hrsam.run.RunSettings` for what is not said here.
 
-    ``data``: folders of photographs in the ``pairs`` layout; every ``hold_out``-th photograph is left out (0: none).
-    A phase's ``batch`` is canvases of its ``side``.  ``compile`` and ``graphs`` change speed only, on CUDA: ``"all"`` compiles
-    the decoder too, which takes minutes.
+    ``data``: folders of photographs in the ``pairs`` layout, decoded once and kept in memory at a long side of at most 448
+    pixels; every ``hold_out``-th photograph is left out (0: none).  Or ``sets``: data sets of any kind and size, read during
+    the training at the phase's side, ``objects`` of a picture at most; ``on_error``, ``workers``, ``prefetch``, ``patience`` as
+    in :class:`hrsam.data.stream.StreamSettings`.
+
+    A phase's ``batch`` is canvases of its ``side`` (``canvas``), or with ``packed`` pictures in packs.  ``compile`` and
+    ``graphs`` change speed only, on CUDA: ``"all"`` compiles the decoder too, which takes minutes.
     """
 
-    FREE: ClassVar[frozenset[str]] = RunSettings.FREE | {"compile", "graphs"}
+    FREE: ClassVar[frozenset[str]] = RunSettings.FREE | {"compile", "graphs", "workers", "prefetch", "patience"}
 
-    data: tuple[str, ...]
-    canvas: CanvasSettings = CanvasSettings()
-    rounds: Rounds = Rounds()
+    data: tuple[str, ...] = ()
     hold_out: int = 0
+    sets: tuple[Source, ...] = ()
+    objects: PositiveInt = 2
+    on_error: Literal["stop", "skip"] = "stop"
+    workers: int = Field(default=2, ge=0)
+    prefetch: PositiveInt = 2
+    patience: float = Field(default=25.0, gt=0)
+    canvas: CanvasSettings = CanvasSettings()
+    packed: PackedPictures | None = None
+    rounds: Rounds = Rounds()
     compile: Literal["none", "encoder", "all"] = "encoder"
     graphs: bool = True
 
     @model_validator(mode="after")
-    def _graphs_hold_all_of_the_backward_pass(self) -> TrainSettings:
+    def _one_source(self) -> TrainSettings:
+        if bool(self.data) == bool(self.sets):
+            raise ValueError("give either data, folders kept in memory, or sets, read during the training")
+        if self.sets and self.hold_out:
+            raise ValueError("hold_out is for data; leave pictures of sets out by another folder or annotation file")
+        return self
+
+    @model_validator(mode="after")
+    def _fast_paths_that_exist(self) -> TrainSettings:
         if self.recompute and self.graphs:
             raise ValueError(
                 "recompute=true changes the backward pass that graphs would record; set graphs=false with it"
             )
+        if self.packed and not self.sets:
+            raise ValueError("packed pictures are read during the training; name them in sets instead of data")
+        if self.packed and (self.graphs or self.compile != "none"):
+            raise ValueError("packs have new shapes in every step; set graphs=false and compile=none with packed")
         return self
+
+    def stream(self, phase: Phase, parts: int) -> StreamSettings:
+        """What a phase reads from ``sets``, for all ``parts`` of a step together."""
+        packed, canvases = None, Canvases(sides=(phase.side,), photo_side=phase.side)
+        if self.packed is not None:
+            sides = (max(PATCH, round(self.packed.smallest * phase.side)), phase.side)
+            canvases, packed = None, Packed(sides=sides, **self.packed.model_dump(exclude={"smallest", "reduction"}))
+        same = self.model_dump(include={"objects", "seed", "on_error", "workers", "prefetch", "patience"})
+        return StreamSettings(data=self.sets, batch=phase.batch * parts, packed=packed, canvases=canvases, **same)
 
 
 def train(
@@ -74,6 +129,23 @@ def train(
     """
     began = time.monotonic()
     machine = accelerator()
+    model = start_model(settings).to(machine.device).train()
+    if settings.sets:
+        feed, content = open_feed(settings, model, machine.process_index, machine.num_processes)
+        task = PackedTask(model, feed, settings) if settings.packed else ClickTask(model, feed, settings)
+    else:
+        bank = load_bank(settings) if bank is None else bank
+        task, content = ClickTask(model, bank.to(machine.device), settings), fingerprint(bank)
+    with closing(task):
+        loop = Loop(settings, model, task, machine, content=content, began=began, stop_after=stop_after, live=live)
+        return loop.run()
+
+
+def start_model(settings: RunSettings) -> HRSAM:
+    """The model that a run begins with, on the CPU: random or ``start``, with the run's stochastic depth.
+
+    Raises ``ValueError`` for weights of another architecture, and for stochastic depth in SAM's encoder.
+    """
     torch.manual_seed(settings.seed)
     model = build(settings.preset)
     if settings.start is not None:
@@ -81,13 +153,31 @@ def train(
         if started_from.config != model.config:
             raise ValueError(f"{settings.start} is not a {settings.preset}; start from weights of that architecture")
         model.load_state_dict(started_from.state_dict())
-    if bank is None:
-        bank = load_bank(settings)
-    task = ClickTask(model.to(machine.device).train(), bank.to(machine.device), settings)
-    loop = Loop(
-        settings, model, task, machine, content=fingerprint(bank), began=began, stop_after=stop_after, live=live
-    )
-    return loop.run()
+    if settings.drop_path > 0:
+        if not isinstance(model.config.encoder, EncoderConfig):
+            raise ValueError(f"{settings.preset} has no stochastic depth; set drop_path=0")
+        state, config = model.state_dict(), replace(model.config.encoder, drop_path=settings.drop_path)
+        model = HRSAM(replace(model.config, encoder=config))
+        model.load_state_dict(state)
+    return model
+
+
+def open_feed(settings: TrainSettings, model: HRSAM, process: int, processes: int) -> tuple[Feed[Any], str]:
+    """What this process reads from ``settings.sets``, and what they hold in 16 letters."""
+    config, parts = model.config.encoder, processes * settings.accumulate
+    measure = patches
+    if settings.packed:
+        if not isinstance(config, EncoderConfig):
+            raise ValueError(f"{settings.preset} takes squares of one size only; train it on canvases, without packed")
+        measure = partial(encode_cost, config)
+    first = Stream(settings.stream(settings.phases[0], parts), world=parts, measure=measure)
+
+    def stream(phase: Phase) -> Stream:
+        return Stream(settings.stream(phase, parts), world=parts, measure=measure, pictures=first.pictures)
+
+    for phase in settings.phases:
+        stream(phase)  # what cannot be shared is refused now and not after hours
+    return Feed(stream, range(process * settings.accumulate, (process + 1) * settings.accumulate)), first.content
 
 
 def load_bank(settings: TrainSettings) -> PhotoBank:
@@ -105,29 +195,28 @@ def fingerprint(bank: PhotoBank) -> str:
 
 
 class ClickTask:
-    """Simulated clicks on canvases, as the loop asks for them."""
+    """Simulated clicks on canvases, as the loop asks for them.  ``photos``: on the model's device, any of which may come at any
+    time, or what gives each part its own."""
 
-    def __init__(self, model: HRSAM, bank: PhotoBank, settings: TrainSettings):
-        self.model, self.bank, self.settings = model, bank, settings
+    def __init__(self, model: HRSAM, photos: PhotoBank | Feed[CanvasBatch], settings: TrainSettings):
+        self.model, self.photos, self.settings = model, photos, settings
         self.rollout = ClickRollout(model, settings.rounds)
         self.witness = Witness(model)
         self.canvas: tuple[Tensor, Tensor] | None = None
-        if settings.recompute:
-            recompute(m for m in model.encoder.modules() if isinstance(m, (Block, CycleScan)))
-        if bank.device.type == "cuda":
-            # cuDNN's attention prepares a plan for each new length, and the number of clicks changes all the time
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            if settings.compile != "none":
-                compile_parts(decoder=settings.compile == "all")
+        make_fast(model, settings)
 
     def enter(self, phase: Phase) -> None:
-        if self.settings.graphs and self.bank.device.type == "cuda":
+        if self.settings.graphs and self.model.device.type == "cuda":
             self.rollout.set_side(phase.side)
             graph_encoder(self.model, phase)
 
     def part(self, part: Part) -> Outcome:
         side, count = part.phase.side, part.phase.batch
-        batch = make_batch(self.bank, count, side, part.generator, self.settings.canvas)
+        bank, which = self.photos, None
+        if isinstance(bank, Feed):
+            bank = bank.step(part.phase, part.step)[part.index - bank.ranks[0]].bank.to(self.model.device)
+            which = torch.arange(count) % len(bank)
+        batch = make_batch(bank, count, side, part.generator, self.settings.canvas, which)
         self.canvas = batch.pixels[0].clone(), batch.truth[0, 0].clone()
         self.witness.answers = 0
         loss, ious = self.rollout(batch.pixels, batch.truth, part.generator, part.plan)
@@ -136,18 +225,105 @@ class ClickTask:
         return Outcome(loss, {"iou_first": ious[0], "iou_last": ious[-1]}, counts)
 
     def picture(self) -> np.ndarray | None:
-        """The last part's first canvas twice: with the object, and with the last mask and all clicks."""
-        if self.canvas is None:
-            return None
-        pixels, truth = self.canvas
-        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
-        picture = (pixels * std + mean).clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-        mask, clicks = self.witness.last_seen(truth.shape[-1])
-        return np.concatenate((overlay(picture, truth.cpu().numpy()), overlay(picture, mask, clicks)), axis=1)
+        return None if self.canvas is None else self.witness.picture(*self.canvas)
+
+    def close(self) -> None:
+        if isinstance(self.photos, Feed):
+            self.photos.close()
+
+
+class PackedTask:
+    """Simulated clicks on pictures of any sizes in packs.  Each pack goes backward by itself; what its objects count is taken
+    from the whole step, so that neither packs nor processes nor parts change the step's loss."""
+
+    def __init__(self, model: HRSAM, feed: Feed[PackedBatch], settings: TrainSettings):
+        self.model, self.feed, self.settings = model, feed, settings
+        self.rollout = ClickRollout(model, settings.rounds)
+        self.witness = Witness(model)
+        self.seen: tuple[Tensor, Tensor] | None = None
+        self._totals = -1, 0.0, 0.0  # step, denominator of the loss, objects
+        make_fast(model, settings)
+
+    def enter(self, phase: Phase) -> None:
+        """Nothing: a phase's stream begins with its first step."""
+
+    def part(self, part: Part) -> Outcome:
+        assert self.settings.packed is not None
+        reduction, batches = self.settings.packed.reduction, self.feed.step(part.phase, part.step)
+        if self._totals[0] != part.step:
+            self._totals = part.step, *self._step_totals(batches, reduction)
+        _, total, objects = self._totals
+        curves = {name: torch.zeros((), device=self.model.device) for name in ("loss", "iou_first", "iou_last")}
+        counts = {"images": 0, "clicks": 0, "tokens": 0}
+        for pack in batches[part.index - self.feed.ranks[0]].packs:
+            shapes = [photo.counts for photo in pack]
+            pictures, truths = zip(*map(self._tensors, pack))
+            generators = [torch.Generator(self.model.device).manual_seed(seed_of(photo.seed)) for photo in pack]
+            plan = random.Random()
+            plan.setstate(part.plan.getstate())
+            self.witness.answers = 0
+            weights = loss_weights(reduction, shapes, total, ranks=part.count)
+            loss, ious = self.rollout.packed(pictures, truths, weights, generators, plan)
+            last = last_decoded(pictures)
+            self.seen = pictures[last], truths[last][0]
+            part.backward(loss)
+            share = part.count * sum(shape.objects for shape in shapes) / objects
+            for name, value in (("loss", loss), ("iou_first", share * ious[0]), ("iou_last", share * ious[-1])):
+                curves[name] += value.detach()
+            counts["images"] += len(pack)
+            counts["clicks"] += self.witness.answers
+            counts["tokens"] += sum(self._tokens(photo) for photo in pack)
+        return Outcome(curves.pop("loss"), curves, counts)
+
+    def _step_totals(self, batches: list[PackedBatch], reduction: Reduction) -> tuple[float, float]:
+        shapes = [photo.counts for batch in batches for pack in batch.packs for photo in pack]
+        own = loss_total(reduction, shapes), float(sum(shape.objects for shape in shapes))
+        if not torch.distributed.is_initialized():
+            return own
+        both = torch.tensor(own, dtype=torch.float64, device=self.model.device)
+        torch.distributed.all_reduce(both)
+        total, objects = both.tolist()
+        return total, objects
+
+    def _tensors(self, photo: Photo) -> tuple[Tensor, Tensor]:
+        """Normalised pixels (3, h, w) and truths (K, h, w) bool on the model's device."""
+        config, device = self.model.config, self.model.device
+        pixels = torch.from_numpy(photo.pixels[..., ::-1].copy() if config.bgr else photo.pixels).to(device)
+        mean, std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
+        return ((pixels - mean) / std).permute(2, 0, 1).contiguous(), torch.from_numpy(photo.masks).to(device)
+
+    def _tokens(self, photo: Photo) -> int:
+        assert isinstance(self.model.config.encoder, EncoderConfig)
+        return encode_cost(self.model.config.encoder, *photo.pixels.shape[:2]).tokens
+
+    def picture(self) -> np.ndarray | None:
+        return None if self.seen is None else self.witness.picture(*self.seen)
+
+    def close(self) -> None:
+        self.feed.close()
+
+
+def last_decoded(pictures: Sequence[Tensor]) -> int:
+    """Which of a pack's pictures (3, H, W) is first in the decoder's last call, see :meth:`ClickRollout.packed`."""
+    first: dict[tuple[int, int], int] = {}
+    for index, picture in enumerate(pictures):
+        first.setdefault((-(-picture.shape[1] // PATCH), -(-picture.shape[2] // PATCH)), index)
+    return max(first.values())
+
+
+def make_fast(model: HRSAM, settings: TrainSettings) -> None:
+    """What the settings ask for in speed and memory."""
+    if settings.recompute:
+        recompute(m for m in model.encoder.modules() if isinstance(m, (Block, CycleScan)))
+    if model.device.type == "cuda":
+        # cuDNN's attention prepares a plan for each new length, and the number of clicks changes all the time
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if settings.compile != "none":
+            compile_parts(decoder=settings.compile == "all")
 
 
 class Witness:
-    """Stands before a model's ``decode``: counts the prompts it answers and remembers the last one of the first object."""
+    """Stands before a model's ``decode``: counts the prompts it answers and remembers the first object of the last call."""
 
     def __init__(self, model: HRSAM):
         self.decode, self.answers = model.decode, 0
@@ -160,13 +336,20 @@ class Witness:
         self.last = points[0], labels[0], out.logits[0, 0].detach()
         return out
 
-    def last_seen(self, side: int) -> tuple[np.ndarray, list[Click]]:
-        """Mask (side, side) bool and clicks in its pixels."""
+    def last_seen(self, height: int, width: int) -> tuple[np.ndarray, list[Click]]:
+        """Mask (height, width) bool, without padding, and clicks in its pixels."""
         assert self.last is not None
         points, labels, logits = self.last
-        full = F.interpolate(logits[None, None].float(), (side, side), mode="bilinear", align_corners=False)
+        full = F.interpolate(logits[None, None].float(), scale_factor=STRIDE, mode="bilinear", align_corners=False)
         clicks = [Click(x, y, label == 1) for (x, y), label in zip(points.tolist(), labels.tolist())]
-        return (full[0, 0] > 0).cpu().numpy(), clicks
+        return (full[0, 0, :height, :width] > 0).cpu().numpy(), clicks
+
+    def picture(self, pixels: Tensor, truth: Tensor) -> np.ndarray:
+        """(H, 2W, 3) uint8 RGB: the object on its picture, ``truth`` (H, W) and ``pixels`` (3, H, W), and the last answer."""
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
+        picture = (pixels * std + mean).clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+        mask, clicks = self.last_seen(*truth.shape)
+        return np.concatenate((overlay(picture, truth.cpu().numpy()), overlay(picture, mask, clicks)), axis=1)
 
 
 def encoder_tokens(model: HRSAM, side: int) -> int:

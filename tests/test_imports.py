@@ -22,6 +22,7 @@ HOUSE = (
     (3, "weightfile"),
     (3, "weights"),
     (4, "baselines lockstep loop report segmenters session rollout targetfile teachers traces"),
+    (4, "feed"),
     (5, "evaluation predictor train"),
     (5, "playing"),
     (5, "targets"),

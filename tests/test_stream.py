@@ -22,7 +22,8 @@ from PIL import Image
 from hrsam.data import transforms
 from hrsam.data.bank import PhotoBank
 from hrsam.data.jpeg import mix_colours
-from hrsam.data.shot import load_shot, recolour, resized
+from hrsam.data.resize import resized
+from hrsam.data.shot import load_shot, recolour
 from hrsam.data.stream import Canvases, Packed, Source, Stream, StreamSettings
 from hrsam.data.transforms import CanvasSettings, make_batch
 from hrsam.data.workers import WorkerError
@@ -117,9 +118,9 @@ def test_every_picture_once_an_epoch(root):
 def test_ranks_share_the_pictures_of_a_step(root, world):
     """The same ones for any number of ranks, with the same seeds, so the same bytes."""
     alone = Stream(settings(root, batch=5))
-    ranks = [Stream(settings(root, batch=5), rank=rank, world=world) for rank in range(world)]
+    shared = Stream(settings(root, batch=5), world=world)
     for step in range(7):
-        shares = [rank.shots(step) for rank in ranks]
+        shares = [shared.shots(step, rank) for rank in range(world)]
         assert all(shares)
         assert sorted((shot for share in shares for shot in share), key=lambda shot: shot.seed) == sorted(
             alone.shots(step), key=lambda shot: shot.seed
@@ -133,9 +134,9 @@ def test_ranks_get_equal_work_not_equal_counts(tmp_path):
         save(tmp_path / "masks" / f"{number}.png", np.full((64, width), 255, np.uint8))
     run = settings(tmp_path, batch=5, packed=Packed(sides=(64, 64)))
     for step in range(4):
-        shares = [{s.name[-1] for s in Stream(run, rank=rank, world=2).shots(step)} for rank in (0, 1)]
+        shares = [{s.name[-1] for s in Stream(run, world=2).shots(step, rank)} for rank in (0, 1)]
         assert shares == [{"0"}, {"1", "2", "3", "4"}]
-    one_each = Stream(run, rank=0, world=2, measure=lambda height, width: (1, 1.0))
+    one_each = Stream(run, world=2, measure=lambda height, width: (1, 1.0))
     assert len(one_each.shots(0)) == 3
 
 
@@ -239,10 +240,10 @@ def test_colours_are_those_of_canvases():
     """The same draws give the same colours as in a batch of canvases, but for rounding."""
     pixels = photo(40, 48)
     for seed in range(12):
-        dice = transforms._Dice(torch.Generator().manual_seed(seed), 1)
+        dice = transforms.Dice(torch.Generator().manual_seed(seed), 1)
         colours = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0) / 255
         run = CanvasSettings(colour=0.7)
-        changed = mix_colours(colours, *transforms._colour_change(colours.mean((2, 3)), dice, run)).clamp(0, 1)
+        changed = mix_colours(colours, *transforms.colour_change(colours.mean((2, 3)), dice, run)).clamp(0, 1)
         want = changed ** dice.sometimes(0.7, dice.uniform(*run.gamma), 1.0) * 255
         got = torch.from_numpy(recolour(pixels, 0.7, seed)).permute(2, 0, 1)
         dark = want[0] < 16  # there a gamma below 1 spreads the first rounding

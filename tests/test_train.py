@@ -58,6 +58,10 @@ def _small_preset_on_one_thread():
     torch.set_num_threads(threads)
 
 
+def no_pieces(loss):
+    raise AssertionError("canvases go backward as a whole")
+
+
 def fresh_model(seed=0):
     torch.manual_seed(seed)
     return HRSAM(small_config()).train()
@@ -232,7 +236,7 @@ def test_a_step_is_the_mean_over_its_parts(tmp_path, bank):
     task, losses = ClickTask(model, bank, run), []
     for index in range(3):
         seed, plan = seed_of(run.seed, 0, 1 + index), random.Random(seed_of(run.seed, 0, 0))
-        outcome = task.part(Part(0, index, 3, run.phases[0], torch.Generator().manual_seed(seed), plan))
+        outcome = task.part(Part(0, index, 3, run.phases[0], torch.Generator().manual_seed(seed), plan, no_pieces))
         losses.append(outcome.loss)
     mean = sum(losses) / 3
     mean.backward()
@@ -337,8 +341,8 @@ def test_a_picture_shows_object_mask_and_clicks(tmp_path, bank):
     task = ClickTask(fresh_model(), bank, run)
     assert task.picture() is None
     plan = Plan(KINDS["click"])
-    task.part(Part(0, 0, 1, run.phases[0], torch.Generator().manual_seed(4), plan))
-    mask, clicks = task.witness.last_seen(64)
+    task.part(Part(0, 0, 1, run.phases[0], torch.Generator().manual_seed(4), plan, no_pieces))
+    mask, clicks = task.witness.last_seen(64, 64)
     assert mask.shape == (64, 64)
     assert len(clicks) >= 2
     picture = task.picture()

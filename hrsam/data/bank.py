@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hrsam.data.folders import match_masks, read_object
+from hrsam.data.resize import resize, resize_mask, resized
 from hrsam.data.sample import Sample
 from hrsam.images import read_image
 
@@ -73,15 +74,16 @@ class PhotoBank:
                 objects = [read_object(path, picture, pixels) for path in paths]
             except ValueError as error:
                 return str(error)
-            pixels = _shrink(pixels, side)
+            height, width = pixels.shape[:2]
+            size = resized(height, width, side, enlarge=False)
+            pixels = resize(pixels, size)
             sizes[i] = pixels.shape[1::-1]
             colours[i] = pixels.mean((0, 1)) / 255
-            photos[i] = _filled(pixels, side).transpose(2, 0, 1)
+            photos[i] = filled(pixels, side).transpose(2, 0, 1)
             for k, mask in enumerate(objects, start=first[i]):
-                grey = _shrink(mask.astype(np.uint8) * 255, side)
-                mask = grey > min(127, int(grey.max()) - 1)  # a thin object is not lost in shrinking
-                boxes[k], anchors[k] = _box_and_anchor(mask)
-                masks[k] = _filled(mask.astype(np.uint8) * 255, side)
+                mask = resize_mask(mask, size)
+                boxes[k], anchors[k] = box_and_anchor(mask)
+                masks[k] = filled(mask.astype(np.uint8) * 255, side)
             return None
 
         with ThreadPoolExecutor(threads) as pool:
@@ -152,23 +154,14 @@ class PhotoBank:
                 yield Sample(pixels, mask, f"{name}#{k}", name.split("/")[0])
 
 
-def _shrink(array: np.ndarray, long_side: int) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 with its long side at most ``long_side``, by averaging."""
-    import cv2
-
-    factor = long_side / max(array.shape[:2])
-    if factor >= 1:
-        return array
-    height, width = (max(1, round(length * factor)) for length in array.shape[:2])
-    return cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA)
-
-
-def _filled(array: np.ndarray, side: int) -> np.ndarray:
+def filled(array: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, …) in the top left of a square of ``side``, which repeats the last row and column."""
     height, width = array.shape[:2]
     return np.pad(array, ((0, side - height), (0, side - width)) + ((0, 0),) * (array.ndim - 2), mode="edge")
 
 
-def _box_and_anchor(mask: np.ndarray) -> tuple[tuple[float, ...], tuple[float, float]]:
+def box_and_anchor(mask: np.ndarray) -> tuple[tuple[float, ...], tuple[float, float]]:
+    """Bounds x0, y0, x1, y1 of a mask (H, W) bool, not empty, and the centre of its pixel nearest to their middle."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     x, y = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2

@@ -10,7 +10,8 @@ import torch
 
 from hrsam.data.index import Item
 from hrsam.data.packing import Counts
-from hrsam.data.transforms import CanvasSettings, _colour_change, _Dice
+from hrsam.data.resize import resize, resize_mask, resized
+from hrsam.data.transforms import CanvasSettings, Dice, colour_change
 from hrsam.images import read_image
 
 PATCH = 16  # pixels of a token's side
@@ -71,8 +72,8 @@ def load_shot(shot: Shot) -> Photo | Unusable:
     except ValueError as error:
         return Unusable(str(error))
     size = resized(pixels.shape[0], pixels.shape[1], shot.side, shot.enlarge)
-    pixels = _resize(pixels, size)
-    masks = np.stack([_resize_mask(mask, size) for mask in masks])
+    pixels = resize(pixels, size)
+    masks = np.stack([resize_mask(mask, size) for mask in masks])
     rng = np.random.default_rng(shot.seed)
     if rng.random() < shot.mirror:
         pixels, masks = np.ascontiguousarray(pixels[:, ::-1]), np.ascontiguousarray(masks[..., ::-1])
@@ -101,34 +102,6 @@ def _objects(shot: Shot, pixels: np.ndarray) -> list[np.ndarray]:
     return [largest]
 
 
-def resized(height: int, width: int, side: int, enlarge: bool) -> tuple[int, int]:
-    """(h, w) with the long side ``side``, or as it is where that would enlarge and must not."""
-    long = max(height, width)
-    if long <= side and not enlarge:
-        return height, width
-    return max(1, int(side / long * height + 0.5)), max(1, int(side / long * width + 0.5))
-
-
-def _resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8, by averaging where it shrinks, else bilinearly."""
-    import cv2
-
-    if array.shape[:2] == size:
-        return array
-    shrinks = size[0] < array.shape[0] or size[1] < array.shape[1]
-    return cv2.resize(array, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-
-
-def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Cut at one half, or below where a thin object would be lost."""
-    grey = _resize(mask.astype(np.uint8) * 255, size)
-    if grey.any():
-        return grey > min(127, int(grey.max()) - 1)
-    small, places = np.zeros(size, bool), np.nonzero(mask)  # less than a hundredth of a pixel is left of it
-    small[tuple(at * now // before for at, now, before in zip(places, size, mask.shape))] = True
-    return small
-
-
 def recolour(pixels: np.ndarray, chance: float, seed: int) -> np.ndarray:
     """The colour changes of :mod:`hrsam.data.transforms`, each with this chance, to (H, W, 3) uint8.
 
@@ -138,9 +111,9 @@ def recolour(pixels: np.ndarray, chance: float, seed: int) -> np.ndarray:
     import cv2
 
     settings = CanvasSettings(colour=chance)
-    dice = _Dice(torch.Generator().manual_seed(seed), 1)
+    dice = Dice(torch.Generator().manual_seed(seed), 1)
     mean = torch.tensor([cv2.mean(pixels)[:3]]) / 255
-    matrix, offset = (t[0].numpy() for t in _colour_change(mean, dice, settings))
+    matrix, offset = (t[0].numpy() for t in colour_change(mean, dice, settings))
     gamma = float(dice.sometimes(chance, dice.uniform(*settings.gamma), 1.0))
     mixed = cv2.transform(pixels, np.column_stack((matrix, 255 * offset)))
     levels = 255 * (np.arange(256) / 255) ** gamma

@@ -7,11 +7,10 @@ follow one another through the epochs without a gap.  The pictures of a step are
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import logging
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,13 +23,14 @@ from PIL import Image
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from hrsam.config import Settings
-from hrsam.data.bank import PhotoBank, _box_and_anchor, _filled
+from hrsam.data.bank import PhotoBank, box_and_anchor, filled
 from hrsam.data.datasets import open_dataset
 from hrsam.data.index import Item
 from hrsam.data.packing import best_fit, longest_first
-from hrsam.data.shot import CANDIDATES, PATCH, Photo, Shot, Unusable, load_shot, resized
+from hrsam.data.resize import resized
+from hrsam.data.shot import CANDIDATES, PATCH, Photo, Shot, Unusable, load_shot
+from hrsam.data.steps import Epochs, load_steps
 from hrsam.data.transforms import Chance
-from hrsam.data.workers import ahead
 
 logger = logging.getLogger("hrsam")
 
@@ -104,17 +104,19 @@ class StreamSettings(Settings):
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """This rank's share of a step in ``packs`` for the encoder, none where no picture could be used."""
+    """A rank's share of a step in ``packs`` for the encoder, none where no picture could be used."""
 
     step: int
+    rank: int
     packs: tuple[tuple[Photo, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class CanvasBatch:
-    """This rank's photos of a step, on the CPU, for canvases of ``side`` pixels."""
+    """A rank's photos of a step, on the CPU, for canvases of ``side`` pixels."""
 
     step: int
+    rank: int
     bank: PhotoBank
     side: int
 
@@ -126,28 +128,42 @@ def patches(height: int, width: int) -> tuple[int, float]:
 
 
 class Stream:
-    """Batches of one rank.  ``measure``: what a picture costs the encoder, for packs and for equal work on all ranks.
+    """Batches of a ``world`` of ranks.  ``measure``: what a picture costs the encoder, for packs and equal work on all ranks.
+    ``pictures``: those of another stream of the same sets, which then need not be read again.
 
     ``skipped``: pictures left out so far.  Raises ``ValueError`` for sets that cannot be read, fewer pictures a step than
     ranks, and canvases that cannot be shared equally.
     """
 
-    def __init__(self, settings: StreamSettings, *, rank: int = 0, world: int = 1, measure: Measure = patches):
+    def __init__(
+        self,
+        settings: StreamSettings,
+        *,
+        world: int = 1,
+        measure: Measure = patches,
+        pictures: Sequence[tuple[Path, tuple[Item, ...]]] | None = None,
+    ):
         if settings.batch < world or (settings.canvases and settings.batch % world):
             need = f"a multiple of {world}" if settings.canvases else f"at least {world}"
             raise ValueError(f"got {settings.batch} pictures a step for {world} devices; give {need}")
-        self.settings, self.rank, self.world, self.measure = settings, rank, world, measure
-        self.pictures = _pictures(settings)
+        self.settings, self.world, self.measure = settings, world, measure
+        self.pictures = _pictures(settings) if pictures is None else pictures
         self.skipped = 0
         self._long_said = False
-        self._order = lru_cache(maxsize=2)(self._permutation)
+        self._epochs = Epochs(len(self.pictures), settings.seed)
 
     def __len__(self) -> int:
         """Pictures of an epoch."""
         return len(self.pictures)
 
-    def shots(self, step: int) -> list[Shot]:
-        """What this rank loads for a step; nothing is decoded.
+    @property
+    def content(self) -> str:
+        """16 letters that change with the pictures' names and sizes in bytes and their number of objects."""
+        lines = (f"{p.parent.name}/{p.name} {p.stat().st_size} {len(items)}" for p, items in self.pictures)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def shots(self, step: int, rank: int = 0) -> list[Shot]:
+        """What a rank loads for a step; nothing is decoded.
 
         Packed pictures are dealt by cost, the costliest first, by the size in the head of their file.
         """
@@ -155,46 +171,33 @@ class Stream:
             self._shot(position) for position in range(step * self.settings.batch, (step + 1) * self.settings.batch)
         ]
         if self.settings.canvases or self.world == 1:
-            return shots[self.rank :: self.world]
+            return shots[rank :: self.world]
         costs = [self.measure(*resized(*_size(shot), shot.side, shot.enlarge))[1] for shot in shots]
-        return [shots[index] for index in longest_first(costs, self.world)[self.rank]]
+        return [shots[index] for index in longest_first(costs, self.world)[rank]]
 
-    def batch(self, step: int) -> PackedBatch | CanvasBatch:
-        """A step's batch, loaded here and now."""
-        return self._batch(step, [load_shot(shot) for shot in self.shots(step)])
+    def batch(self, step: int, rank: int = 0) -> PackedBatch | CanvasBatch:
+        """A rank's batch of a step, loaded here and now."""
+        return self._batch(step, rank, [load_shot(shot) for shot in self.shots(step, rank)])
 
-    def batches(self, first: int = 0) -> Generator[PackedBatch | CanvasBatch, None, None]:
-        """:meth:`batch` of ``first`` and all steps after it, loaded ahead; close it to end the processes.
+    def batches(self, first: int = 0, ranks: Sequence[int] = (0,)) -> Generator[PackedBatch | CanvasBatch, None, None]:
+        """:meth:`batch` of ``first`` and all steps after it, for each of the ``ranks``, loaded ahead; close it to end them.
 
         Raises ``ValueError`` that names a file, and :class:`hrsam.data.workers.WorkerError` that names the file of a process
         which died or stands still.
         """
-        dealt: deque[tuple[int, int]] = deque()
-
-        def shots() -> Iterator[Shot]:
-            for step in itertools.count(first):
-                mine = self.shots(step)
-                dealt.append((step, len(mine)))
-                yield from mine
-
         settings = self.settings
-        most = settings.prefetch * -(-settings.batch // self.world)
-        loaded = ahead(
-            load_shot, shots(), workers=settings.workers, most=most, patience=settings.patience,
+        steps = load_steps(
+            load_shot, self.shots, ranks, first, workers=settings.workers,
+            most=settings.prefetch * len(ranks) * -(-settings.batch // self.world), patience=settings.patience,
             name=lambda shot: str(shot.picture),
         )  # fmt: skip
-        with closing(loaded):
-            for photo in loaded:
-                step, count = dealt.popleft()
-                yield self._batch(step, [photo, *itertools.islice(loaded, count - 1)])
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.argsort(self._rng(0, epoch).random(len(self)), kind="stable")
+        with closing(steps):
+            for step, rank, loaded in steps:
+                yield self._batch(step, rank, loaded)
 
     def _shot(self, position: int) -> Shot:
         """``position``: number of pictures of all ranks before this one since the first step."""
-        epoch, place = divmod(position, len(self))
-        picture, items = self.pictures[self._order(epoch)[place]]
+        picture, items = self.pictures[self._epochs.at(position)]
         rng = self._rng(1, position)
         order = np.argsort(rng.random(len(items)), kind="stable")[:CANDIDATES]
         objects, packed, canvases = self.settings.objects, self.settings.packed, self.settings.canvases
@@ -207,10 +210,10 @@ class Stream:
         return Shot(picture, chosen, objects, side, packed is not None, mirror, colour, seed)
 
     def _rng(self, what: int, *place: int) -> np.random.Generator:
-        """``what`` is drawn: 0 the order of an epoch, 1 what happens to a picture, 2 a step's side."""
+        """``what`` is drawn: 1 what happens to a picture, 2 a step's side; 0 is the order of an epoch."""
         return np.random.default_rng([what, self.settings.seed, *place])
 
-    def _batch(self, step: int, loaded: Sequence[Photo | Unusable]) -> PackedBatch | CanvasBatch:
+    def _batch(self, step: int, rank: int, loaded: Sequence[Photo | Unusable]) -> PackedBatch | CanvasBatch:
         photos = []
         for photo in loaded:
             if isinstance(photo, Photo):
@@ -227,13 +230,13 @@ class Stream:
                     f"none of the {len(loaded)} pictures of step {step} can be used; see the warnings above"
                 )
             side = sides[self._rng(2, step).integers(len(sides))]
-            return CanvasBatch(step, _bank(photos, self.settings.canvases.photo_side), side)
+            return CanvasBatch(step, rank, _bank(photos, self.settings.canvases.photo_side), side)
         assert self.settings.packed is not None
         tokens, most = [self.measure(*photo.pixels.shape[:2])[0] for photo in photos], self.settings.packed.tokens
         if max(tokens, default=0) > most and not self._long_said:
             self._long_said = True
             logger.warning("%d tokens of a picture are more than a pack of %d; such are packs alone", max(tokens), most)
-        return PackedBatch(step, tuple(tuple(photos[i] for i in pack) for pack in best_fit(tokens, most)))
+        return PackedBatch(step, rank, tuple(tuple(photos[i] for i in pack) for pack in best_fit(tokens, most)))
 
 
 def _pictures(settings: StreamSettings) -> list[tuple[Path, tuple[Item, ...]]]:
@@ -273,14 +276,14 @@ def _size(shot: Shot) -> tuple[int, int]:
 def _bank(photos: Sequence[Photo], side: int) -> PhotoBank:
     count = torch.tensor([len(photo.masks) for photo in photos])
     masks = [mask for photo in photos for mask in photo.masks]
-    boxes, anchors = zip(*map(_box_and_anchor, masks))
+    boxes, anchors = zip(*map(box_and_anchor, masks))
     return PhotoBank(
-        photos=torch.from_numpy(np.stack([_filled(photo.pixels, side).transpose(2, 0, 1) for photo in photos])),
+        photos=torch.from_numpy(np.stack([filled(photo.pixels, side).transpose(2, 0, 1) for photo in photos])),
         sizes=torch.tensor([photo.pixels.shape[1::-1] for photo in photos], dtype=torch.float32),
         colours=torch.from_numpy(np.stack([photo.pixels.mean((0, 1)) / 255 for photo in photos]).astype(np.float32)),
         first=count.cumsum(0) - count,
         count=count,
-        masks=torch.from_numpy(np.stack([_filled(mask.astype(np.uint8) * 255, side) for mask in masks])),
+        masks=torch.from_numpy(np.stack([filled(mask.astype(np.uint8) * 255, side) for mask in masks])),
         owners=torch.repeat_interleave(torch.arange(len(photos)), count),
         boxes=torch.tensor(np.array(boxes), dtype=torch.float32),
         anchors=torch.tensor(np.array(anchors), dtype=torch.float32),

@@ -109,7 +109,7 @@ class Batch:
     valid: Tensor
 
 
-class _Dice:
+class Dice:
     """Random numbers, one for each canvas, on the generator's device."""
 
     def __init__(self, generator: torch.Generator, batch: int):
@@ -165,10 +165,16 @@ class _Placement:
 
 
 def make_batch(
-    bank: PhotoBank, batch: int, side: int, generator: torch.Generator, settings: CanvasSettings | None = None
+    bank: PhotoBank,
+    batch: int,
+    side: int,
+    generator: torch.Generator,
+    settings: CanvasSettings | None = None,
+    photos: Tensor | None = None,
 ) -> Batch:
     """Draw ``batch`` canvases of ``side`` pixels (a multiple of 8) on the bank's device.
 
+    ``photos`` (batch,) int64: whose canvases they are; None: drawn, so that a photo may come twice.
     All random numbers come from ``generator``, which must live on that device: equal states give equal batches.
     A canvas shows a photo with one of its masks; up to two objects of other photos lie over it and cut the masks below.
     Masks are smoothed over 3 × 3 photo pixels, resized bilinearly and cut at one half.
@@ -178,9 +184,9 @@ def make_batch(
         raise ValueError(f"got batch={batch}, side={side}; give at least 1 and a positive multiple of 8")
     if generator.device.type != bank.device.type:
         raise ValueError(f"the generator is on {generator.device}, the photos on {bank.device}; give both one device")
-    dice = _Dice(generator, batch)
-    photos = torch.full((batch,), len(bank), device=bank.device)
-    photo = dice.below(photos)
+    dice = Dice(generator, batch)
+    every = torch.full((batch,), len(bank), device=bank.device)
+    photo = dice.below(every) if photos is None else photos.to(bank.device)
     count = bank.count[photo]
     chosen = dice.below(count)
     mask = bank.first[photo] + chosen
@@ -195,11 +201,11 @@ def make_batch(
 
     present = dice.chance(settings.copy_paste)
     for _ in range(2):
-        foreign = (photo + 1 + dice.below(photos - 1)) % photos
+        foreign = (photo + 1 + dice.below(every - 1)) % every
         pasted = bank.first[foreign] + dice.below(bank.count[foreign])
         placement = _place_object(bank, pasted, room, side, dice, settings)
         paint, soft, inside = _warp(bank, foreign, pasted.unsqueeze(1), placement, side)
-        paint = mix_colours(paint, *_colour_change(bank.colours[foreign], dice, settings))
+        paint = mix_colours(paint, *colour_change(bank.colours[foreign], dice, settings))
         sharpen = placement.scale.clamp(min=1).view(-1, 1, 1, 1)  # an edge one canvas pixel wide, however enlarged
         alpha = ((soft - 0.5) * sharpen + 0.5).clamp(0, 1) * (inside & valid & present.view(-1, 1, 1, 1))
         colours = torch.lerp(colours, paint, alpha)
@@ -207,7 +213,7 @@ def make_batch(
         visible = [below & ~above for below in visible] + [above]
         present = present & dice.chance(settings.paste_second)
 
-    colours = mix_colours(colours, *_colour_change(bank.colours[photo], dice, settings)).clamp(0, 1)
+    colours = mix_colours(colours, *colour_change(bank.colours[photo], dice, settings)).clamp(0, 1)
     gamma = dice.sometimes(settings.colour, dice.uniform(*settings.gamma), 1.0)
     colours = _degrade(colours.pow(gamma.view(-1, 1, 1, 1)), dice, settings)
     mean, std = (_constant(values, bank.device).view(3, 1, 1) / 255 for values in (MEAN, STD))
@@ -216,7 +222,7 @@ def make_batch(
 
 
 def _place_photo(
-    bank: PhotoBank, photo: Tensor, mask: Tensor, side: int, dice: _Dice, settings: CanvasSettings
+    bank: PhotoBank, photo: Tensor, mask: Tensor, side: int, dice: Dice, settings: CanvasSettings
 ) -> _Placement:
     sizes, unit = bank.sizes[photo], side / bank.side
     length = _long_side(bank.boxes[mask])
@@ -238,7 +244,7 @@ def _place_photo(
 
 
 def _place_object(
-    bank: PhotoBank, mask: Tensor, room: tuple[Tensor, Tensor], side: int, dice: _Dice, settings: CanvasSettings
+    bank: PhotoBank, mask: Tensor, room: tuple[Tensor, Tensor], side: int, dice: Dice, settings: CanvasSettings
 ) -> _Placement:
     """The middle of the object's box anywhere in the inner 80 % of ``room``, the photo's bounds on the canvas."""
     box = bank.boxes[mask]
@@ -312,7 +318,7 @@ def _sheet(photos: Tensor, masks: Tensor) -> Tensor:
     return sheet
 
 
-def _colour_change(mean: Tensor, dice: _Dice, settings: CanvasSettings) -> tuple[Tensor, Tensor]:
+def colour_change(mean: Tensor, dice: Dice, settings: CanvasSettings) -> tuple[Tensor, Tensor]:
     """Hue, saturation, contrast about ``mean`` (B, 3) and brightness as one matrix (B, 3, 3) and offset (B, 3)."""
     often = settings.colour
     hue = dice.sometimes(often, dice.uniform(-settings.hue, settings.hue), 0.0).view(-1, 1, 1)
@@ -331,7 +337,7 @@ def _colour_change(mean: Tensor, dice: _Dice, settings: CanvasSettings) -> tuple
     return contrast * matrix, offset
 
 
-def _degrade(colours: Tensor, dice: _Dice, settings: CanvasSettings) -> Tensor:
+def _degrade(colours: Tensor, dice: Dice, settings: CanvasSettings) -> Tensor:
     """Blur, noise and compression of pixels in [0, 1]."""
     strength = dice.sometimes(settings.blur, dice.uniform(0.0, settings.blur_strength), 0.0).view(-1, 1, 1, 1)
     half, quarter = (
@@ -352,7 +358,7 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def _choose_targets(visible: Tensor, valid: Tensor, dice: _Dice, settings: CanvasSettings) -> Tensor:
+def _choose_targets(visible: Tensor, valid: Tensor, dice: Dice, settings: CanvasSettings) -> Tensor:
     """Two of the ``visible`` masks (B, 4, S, S), drawn by weight without repetition.
 
     Where one mask fits the area limits it is taken twice, where none does the largest, and where nothing at all is

@@ -1,0 +1,257 @@
+"""Training on data sets that are read while it runs, as canvases and as whole pictures in packs."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from hrsam import train as training
+from hrsam.checkpoint import load_state
+from hrsam.data.packing import UNITS
+from hrsam.data.stream import Source, Stream
+from hrsam.models.presets import PRESETS
+from hrsam.optim import Gradients, Phase
+from hrsam.rollout import ClickRollout
+from hrsam.train import PackedPictures, last_decoded, open_feed, start_model
+from tests.builders import photo, small_config
+from tests.test_train import SCRIPT
+from tests.tiny_training import assert_same_logs, assert_same_states, last_state, log_lines, settings
+
+SIZES = ((40, 64), (64, 30), (50, 50), (33, 90), (64, 64), (20, 100))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Six pictures; the object of each is a block of one colour, the second has another one."""
+    folder = tmp_path_factory.mktemp("sets") / "part"
+    for name in ("images", "masks"):
+        (folder / name).mkdir(parents=True)
+    for number, (height, width) in enumerate(SIZES):
+        pixels = photo(height, width, number)
+        mask = (pixels == (200, 40, 90)).all(2)
+        Image.fromarray(pixels).save(folder / "images" / f"p{number}.png")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"p{number}_0.png")
+        if number == 1:
+            Image.fromarray((~mask).astype(np.uint8) * 255).save(folder / "masks" / "p1_1.png")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_preset_on_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "test", small_config)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+    torch.set_num_threads(threads)
+
+
+def canvases(out, root, **changes):
+    return settings(out, data=(), sets=(Source(name="pairs", root=str(root)),), **{"workers": 0, **changes})
+
+
+def packed(out, root, tokens=60, reduction="image", **changes):
+    form = PackedPictures(smallest=0.5, tokens=tokens, reduction=reduction)
+    return canvases(out, root, **{"packed": form, "graphs": False, "compile": "none", "batch": 4, **changes})
+
+
+FORMS = pytest.mark.parametrize("form", [canvases, packed])
+
+
+@FORMS
+def test_a_run_writes_state_log_and_picture(tmp_path, root, form):
+    run = form(tmp_path, root)
+    state = load_state(training.train(run))
+    lines = log_lines(run)
+    assert [line["step"] for line in lines] == [1, 2]
+    images = run.phases[0].batch
+    assert [line["images"] for line in lines] == [images, 2 * images]
+    begin = start_model(run).state_dict()
+    assert sum(not torch.equal(value, begin[name]) for name, value in state["model"].items()) > 50
+    for line in lines:
+        assert 0 < line["loss"] < 10
+        assert 0 <= line["iou_first"] <= 1
+        assert 0 <= line["iou_last"] <= 1
+        assert line["clicks"] >= 3 * line["images"]
+    assert lines[0]["tokens"] > 0
+
+
+def test_each_picture_of_a_step_has_a_canvas(tmp_path, root, monkeypatch):
+    """Whatever the parts, the pictures of a step are the next of the epoch and come once each."""
+    seen = []
+    make = training.make_batch
+
+    def watched(bank, count, side, generator, canvas, photos):
+        seen.append(([bank.names[i] for i in photos], bank.side, side))
+        return make(bank, count, side, generator, canvas, photos)
+
+    monkeypatch.setattr(training, "make_batch", watched)
+    training.train(canvases(tmp_path, root, batch=1, accumulate=3, steps=2, seed=3))
+    assert [(len(names), side, canvas) for names, side, canvas in seen] == [(1, 64, 64)] * 6
+    assert sorted(names[0] for names, *_ in seen) == [f"part/p{i}" for i in range(6)]
+
+
+def test_pictures_that_are_left_out_leave_the_others(tmp_path, root):
+    """A step of two pictures, of which one cannot be read, makes its two canvases of the other."""
+    broken = tmp_path / "part"
+    for path in sorted(root.rglob("*.png")):
+        target = broken / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (broken / "images" / "p3.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    with pytest.raises(ValueError, match=r"p3\.png"):
+        training.train(canvases(tmp_path / "a", broken, steps=3))
+    run = canvases(tmp_path / "b", broken, steps=3, on_error="skip")
+    training.train(run)
+    assert log_lines(run)[-1]["step"] == 3
+    run = packed(tmp_path / "c", broken, steps=3, batch=2, on_error="skip")
+    training.train(run)
+    assert log_lines(run)[-1]["images"] == 5
+
+
+# ---------------------------------------------------------------- packs
+
+
+@pytest.mark.parametrize("reduction", list(UNITS))
+def test_packs_and_parts_do_not_change_a_step(tmp_path, root, reduction, monkeypatch):
+    """One part of a single large pack, and four parts of small ones: the same pictures, clicks, loss and gradient."""
+    gradients = []
+    clip = Gradients.clip
+    monkeypatch.setattr(Gradients, "clip", lambda self, most: gradients.append(self.flat.clone()) or clip(self, most))
+    lines = []
+    for name, changes in {"whole": {"tokens": 10_000}, "cut": {"batch": 1, "tokens": 1, "accumulate": 4}}.items():
+        run = packed(tmp_path / name, root, reduction=reduction, steps=1, **changes)
+        training.train(run)
+        lines += log_lines(run)
+    a, b = lines
+    assert (a["images"], a["clicks"], a["tokens"]) == (b["images"], b["clicks"], b["tokens"])
+    for curve in ("loss", "iou_first", "iou_last"):
+        assert a[curve] == pytest.approx(b[curve], abs=2e-4), curve
+    whole, cut = gradients
+    assert whole.norm() > 1e-3
+    assert (whole - cut).norm() < 1e-4 * whole.norm()
+
+
+def test_the_loss_of_a_step_is_the_formula(tmp_path, root, monkeypatch):
+    """Σ objects weight · loss / Σ objects weight over the whole step, with two pictures of different numbers of objects."""
+    run = packed(tmp_path, root, tokens=1, reduction="object", steps=1, batch=6)
+    single, weights = [], []
+    play = ClickRollout._play
+
+    def watched(self, *args):
+        loss, iou = play(self, *args)
+        single.extend(loss.mean(0).tolist())
+        return loss, iou
+
+    sums = training.loss_weights
+
+    def weighing(reduction, shapes, total, ranks):
+        weights.extend(w for s, w in zip(shapes, sums(reduction, shapes, total, ranks)) for _ in range(s.objects))
+        return sums(reduction, shapes, total, ranks)
+
+    monkeypatch.setattr(ClickRollout, "_play", watched)
+    monkeypatch.setattr(training, "loss_weights", weighing)
+    training.train(run)
+    assert len(single) == 7  # one picture has two
+    assert weights == pytest.approx([1 / 7] * 7)
+    assert log_lines(run)[0]["loss"] == pytest.approx(np.mean(single), abs=1e-4)
+
+
+def test_the_picture_shown_is_the_one_answered_last(tmp_path, root):
+    """The decoder takes the pictures of one grid together, in the order of their first; the last grid's first is shown."""
+    tall, wide = torch.zeros(3, 64, 30), torch.zeros(3, 30, 64)
+    assert last_decoded([tall, wide, tall]) == 1
+    assert last_decoded([wide, tall, wide, torch.zeros(3, 60, 20)]) == 1  # the last one is as many whole patches
+    run = packed(tmp_path, root, tokens=10_000, batch=6)
+    feed, _ = open_feed(run, start_model(run), 0, 1)
+    model = start_model(run).train()
+    task = training.PackedTask(model, feed, run)
+    assert task.picture() is None
+    plan = training.random.Random(1)
+    part = training.Part(0, 0, 1, run.phases[0], torch.Generator(), plan, torch.Tensor.backward)
+    task.part(part)
+    pixels, truth = task.seen
+    picture = task.picture()
+    assert picture.shape == (truth.shape[0], 2 * truth.shape[1], 3)
+    _, clicks = task.witness.last_seen(*truth.shape)
+    assert truth[int(clicks[0].y), int(clicks[0].x)] or len(clicks) > 1
+    logits = task.witness.last[2]
+    assert logits.shape == tuple(4 * -(-side // 16) for side in pixels.shape[1:])
+    task.close()
+
+
+# ---------------------------------------------------------------- resume, processes
+
+
+def killed_child(run, step):
+    from tests.tiny_training import use_small_preset
+
+    use_small_preset()
+    batches = Stream.batches
+
+    def until(self, *args):
+        for batch in batches(self, *args):
+            if batch.step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    Stream.batches = until
+    training.train(run)
+
+
+SLOW = pytest.mark.slow
+CASES = [
+    pytest.param(f, n, marks=() if (f, n) in ((canvases, 0), (packed, 2)) else SLOW)
+    for f in (canvases, packed)
+    for n in range(3)
+]
+
+
+@pytest.mark.parametrize(("form", "workers"), CASES)
+def test_a_killed_run_goes_on_to_the_same_last_bit(tmp_path, root, form, workers):
+    """Two phases; killed in the second while its pictures are loaded ahead."""
+    phases = (Phase(side=64, batch=2, steps=3, lr=1e-3), Phase(side=32, batch=3, steps=4, lr=1e-3))
+    changes = {"phases": phases, "save_every": 2, "log_every": 1}
+    straight = form(tmp_path / "straight", root, **changes)
+    training.train(straight)
+    run = form(tmp_path / "run", root, workers=workers, **changes)
+    process = multiprocessing.get_context("spawn").Process(target=killed_child, args=(run, 5))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    assert log_lines(run)[-1]["step"] == 5
+    training.train(run)
+    assert_same_states(last_state(run), last_state(straight))
+    assert_same_logs(run, straight)
+
+
+@pytest.mark.slow
+@FORMS
+def test_two_processes_equal_one_that_accumulates(tmp_path, root, form):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    one = form(tmp_path / "one", root, steps=3, batch=2, accumulate=2)
+    training.train(one)
+    run = one.model_copy(update={"out": str(tmp_path / "two"), "accumulate": 1})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    fresh = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, str(script), str(tmp_path / "run.yaml")], env=fresh, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    a, b = last_state(one), last_state(run)
+    for name, value in a["model"].items():
+        torch.testing.assert_close(b["model"][name], value, rtol=0, atol=2e-6, msg=name)
+    for x, y in zip(log_lines(one), log_lines(run), strict=True):
+        assert (y["step"], y["images"], y["clicks"], y["tokens"]) == (x["step"], x["images"], x["clicks"], x["tokens"])
+        assert y["loss"] == pytest.approx(x["loss"], abs=1e-4)
