@@ -150,7 +150,7 @@ def evaluate(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="encoder, train-step, click, scan or attention.")],
+    what: Annotated[str, typer.Argument(help="encoder, train-step, click, scan, attention or packing.")],
     out: Annotated[Optional[Path], typer.Option("--out", help="JSON report; folders are made.")] = None,  # noqa: UP045
     device: Device = "auto",
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16 or float32.")] = None,  # noqa: UP045
@@ -228,6 +228,44 @@ def train(
 
     settings = read_settings(TrainSettings, config, overrides or ())
     typer.echo(run(settings, stop_after=stop_after, live=sys.stderr.isatty()))
+
+
+@app.command()
+def distill(
+    config: Annotated[Path, typer.Argument(help="A YAML file, for instance configs/distill_hrsam_pp_b.yaml.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key=value, for instance seed=1.")] = None,  # noqa: UP045
+    stop_after: Annotated[float, typer.Option(help="Seconds after which to save and stop.")] = float("inf"),
+    targets_only: Annotated[bool, typer.Option("--targets-only", help="Only fill the cache of embeddings.")] = False,
+) -> None:
+    """Teach an encoder a teacher's embeddings; goes on with a run that was stopped or killed.
+
+    Several devices, and exit codes: as `hrsam train`.
+    """
+    from hrsam.config import read_settings
+    from hrsam.distill import DistillSettings
+    from hrsam.distill import distill as run
+
+    settings = read_settings(DistillSettings, config, overrides or ())
+    last = run(
+        settings, stop_after=stop_after, targets_only=targets_only, live=sys.stderr.isatty(),
+        say=lambda line: typer.echo(line, err=True),
+    )  # fmt: skip
+    typer.echo(settings.targets if last is None else last)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a training: its out.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    weights: Annotated[str, typer.Option(help="average or last.")] = "average",
+    half: Annotated[bool, typer.Option("--half", help="Matrices in float16: half the bytes.")] = False,
+    licence: Annotated[str, typer.Option(help="What others may do with them; written into the file.")] = "not stated",
+) -> None:
+    """Turn a training's last checkpoint into a weight file:  hrsam export out/run mine.safetensors"""
+    from hrsam.release import release
+
+    trained = release(run, target, weights=weights, dtype="float16" if half else None, licence=licence)
+    typer.echo(f"{target}: {trained}")
 
 
 def _load(name: str, device: str):

@@ -17,6 +17,11 @@ class Steps(Protocol[Batch_co]):
     def batches(self, first: int, ranks: Sequence[int]) -> Generator[Batch_co, None, None]: ...
 
 
+def own_parts(process: int, accumulate: int) -> range:
+    """Which of a step's parts a process computes."""
+    return range(process * accumulate, (process + 1) * accumulate)
+
+
 class Feed(Generic[Batch]):
     """What the parts ``ranks`` of the loop train on; ``stream`` makes what a phase reads from.
 

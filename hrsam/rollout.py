@@ -151,10 +151,7 @@ class ClickRollout(nn.Module):
         return weighted_sum(torch.cat(losses), counted), torch.cat(reached, dim=1).mean(1)
 
     def set_side(self, side: int) -> None:
-        """In training on canvases the anchor map is half the canvas, as 512 is of 1024."""
-        encoder = self.model.encoder
-        if isinstance(encoder, Encoder) and encoder.anchor_side is not None:
-            encoder.anchor_side = side // 2
+        halve_anchor(self.model.encoder, side)
 
     def _play(
         self, features: Tensor, truth: Tensor, valid: Tensor | None, parts: Sequence[_Part], course: _Course
@@ -217,6 +214,12 @@ class ClickRollout(nn.Module):
             ]
         points, positive = (torch.cat(each) for each in zip(*clicked))
         return _model_pixels(points).unsqueeze(1), positive.long().unsqueeze(1)
+
+
+def halve_anchor(encoder: nn.Module, side: int) -> None:
+    """In training on squares of ``side`` pixels the anchor map is half of them, as 512 is of 1024."""
+    if isinstance(encoder, Encoder) and encoder.anchor_side is not None:
+        encoder.anchor_side = side // 2
 
 
 def _part(truth: Tensor, generator: torch.Generator) -> _Part:

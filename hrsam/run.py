@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from hrsam.optim import Recipe
 
@@ -24,13 +24,25 @@ class RunSettings(Recipe):
     pass ("gradient checkpointing"), which takes less memory and about a third more time.
     ``budget``: seconds the run may take in all, preparation and earlier pieces included.  The phases' steps are then shares of
     that time: with 3000 and 1000 steps the second phase begins after three quarters of it, however many steps were made.
-    ``log_every``, ``save_every``: steps; ``keep``: checkpoints.
+    ``workers``: processes that load pictures from files, 0 for none; ``prefetch``: steps they are ahead; ``patience``: seconds
+    after which a silent one stands still.  ``log_every``, ``save_every``: steps; ``keep``: checkpoints.
 
     A run may go on with other values of what is in ``FREE``, since they do not change its result (``budget``: its length).
     """
 
     FREE: ClassVar[frozenset[str]] = frozenset(
-        ("out", "budget", "accumulate", "recompute", "log_every", "save_every", "keep")
+        (
+            "out",
+            "budget",
+            "accumulate",
+            "recompute",
+            "workers",
+            "prefetch",
+            "patience",
+            "log_every",
+            "save_every",
+            "keep",
+        )
     )
 
     preset: str
@@ -41,6 +53,9 @@ class RunSettings(Recipe):
     seed: int = Field(default=0, ge=0)
     accumulate: int = Field(default=1, ge=1)
     recompute: bool = False
+    workers: int = Field(default=2, ge=0)
+    prefetch: PositiveInt = 2
+    patience: float = Field(default=25.0, gt=0)
     log_every: int = Field(default=20, ge=1)
     save_every: int = Field(default=500, ge=1)
     keep: int = Field(default=3, ge=1)

@@ -29,7 +29,7 @@ from hrsam.data.packing import Reduction, loss_total, loss_weights
 from hrsam.data.shot import Photo
 from hrsam.data.stream import CanvasBatch, Canvases, Packed, PackedBatch, Source, Stream, StreamSettings, patches
 from hrsam.data.transforms import MEAN, STD, CanvasSettings, Chance, make_batch
-from hrsam.feed import Feed
+from hrsam.feed import Feed, own_parts
 from hrsam.images import overlay
 from hrsam.loop import Loop, Outcome, Part, accelerator, recompute, seed_of
 from hrsam.models.block import Block, CycleScan
@@ -61,23 +61,20 @@ class TrainSettings(RunSettings):
 
     ``data``: folders of photographs in the ``pairs`` layout, decoded once and kept in memory at a long side of at most 448
     pixels; every ``hold_out``-th photograph is left out (0: none).  Or ``sets``: data sets of any kind and size, read during
-    the training at the phase's side, ``objects`` of a picture at most; ``on_error``, ``workers``, ``prefetch``, ``patience`` as
-    in :class:`hrsam.data.stream.StreamSettings`.
+    the training at the phase's side, ``objects`` of a picture at most; ``on_error`` as in
+    :class:`hrsam.data.stream.StreamSettings`.
 
     A phase's ``batch`` is canvases of its ``side`` (``canvas``), or with ``packed`` pictures in packs.  ``compile`` and
     ``graphs`` change speed only, on CUDA: ``"all"`` compiles the decoder too, which takes minutes.
     """
 
-    FREE: ClassVar[frozenset[str]] = RunSettings.FREE | {"compile", "graphs", "workers", "prefetch", "patience"}
+    FREE: ClassVar[frozenset[str]] = RunSettings.FREE | {"compile", "graphs"}
 
     data: tuple[str, ...] = ()
     hold_out: int = 0
     sets: tuple[Source, ...] = ()
     objects: PositiveInt = 2
     on_error: Literal["stop", "skip"] = "stop"
-    workers: int = Field(default=2, ge=0)
-    prefetch: PositiveInt = 2
-    patience: float = Field(default=25.0, gt=0)
     canvas: CanvasSettings = CanvasSettings()
     packed: PackedPictures | None = None
     rounds: Rounds = Rounds()
@@ -177,7 +174,7 @@ def open_feed(settings: TrainSettings, model: HRSAM, process: int, processes: in
 
     for phase in settings.phases:
         stream(phase)  # what cannot be shared is refused now and not after hours
-    return Feed(stream, range(process * settings.accumulate, (process + 1) * settings.accumulate)), first.content
+    return Feed(stream, own_parts(process, settings.accumulate)), first.content
 
 
 def load_bank(settings: TrainSettings) -> PhotoBank:

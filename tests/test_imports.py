@@ -25,7 +25,7 @@ HOUSE = (
     (4, "feed"),
     (5, "evaluation predictor train"),
     (5, "playing"),
-    (5, "targets"),
+    (5, "release targets"),
     (6, "bench demo distill doctor predict"),
     (6, "evaluate"),
     (7, "cli"),

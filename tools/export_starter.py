@@ -1,6 +1,6 @@
 """Averaged weights of a training run -> a weight file for weights/, and its manifest entry on the screen.
 
-python tools/export_starter.py out/starter/checkpoints/step-00003850-*.pt weights/hrsam_pp_t.starter.safetensors
+python tools/export_starter.py out/starter weights/hrsam_pp_t.starter.safetensors
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hrsam.checkpoint import load_state
-from hrsam.weightfile import save, sha256
-from hrsam.weights import build
+from hrsam.release import release
+from hrsam.weightfile import sha256
 
 LICENCE = "research and trying out only: the training data includes non-commercial sources"
 DATA = (
@@ -21,18 +20,11 @@ DATA = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("state", type=Path)
+    parser.add_argument("run", type=Path)
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
-    state = load_state(args.state)
-    model = build(state["settings"]["preset"])
-    model.load_state_dict(state["average"])
-    phases = "; ".join(f"{p['steps']} steps at {p['side']} px" for p in state["settings"]["phases"])
-    training = (
-        f"from random weights, supervised with simulated clicks, averaged weights of step {state['step']} ({phases})"
-    )
-    metadata = {"licence": LICENCE, "source": "trained by this project", "data": DATA, "training": training}
-    save(model, args.target, metadata=metadata, dtype="float16")
+    metadata = {"source": "trained by this project", "data": DATA}
+    training = release(args.run, args.target, dtype="float16", licence=LICENCE, metadata=metadata)
     print(f"file: {args.target.name}\nsha256: {sha256(args.target)}\nbytes: {args.target.stat().st_size}")
     print(f"licence: {LICENCE}\ndata: {DATA}\nnotes: {training}")
 
