@@ -228,6 +228,7 @@ def train(
 
     settings = read_settings(TrainSettings, config, overrides or ())
     typer.echo(run(settings, stop_after=stop_after, live=sys.stderr.isatty()))
+    _report(settings)
 
 
 @app.command()
@@ -251,6 +252,8 @@ def distill(
         say=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     typer.echo(settings.targets if last is None else last)
+    if last is not None:
+        _report(settings)
 
 
 @app.command()
@@ -266,6 +269,44 @@ def export(
 
     trained = release(run, target, weights=weights, dtype="float16" if half else None, licence=licence)
     typer.echo(f"{target}: {trained}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a training: its out.")],
+    dataset: Annotated[Optional[list[str]], typer.Option("--dataset", help="Measure NoC on it; repeatable.")] = None,  # noqa: UP045
+    root: Annotated[Optional[list[str]], typer.Option("--root", help="Where it lies; one for each --dataset.")] = None,  # noqa: UP045
+    side: Side = 1024,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Only the first so many objects of each.")] = None,  # noqa: UP045
+    device: Device = "auto",
+) -> None:
+    """Write the page of a training, with its curves and clicks to a mask:  hrsam report out/run"""
+    from hrsam.data.stream import Source
+    from hrsam.runreport import write_run_report
+
+    names, roots = dataset or [], root or []
+    if len(names) != len(roots):
+        raise ValueError(f"got {len(names)} --dataset and {len(roots)} --root; give one of each for every data set")
+    sets = [Source(name=name, root=where) for name, where in zip(names, roots)]
+    say, live = (lambda line: typer.echo(line, err=True)), sys.stderr.isatty()
+    written = write_run_report(run, sets, side=side, device=_device(device), limit=limit, say=say, progress=live)
+    typer.echo(written or run)
+
+
+def _report(settings) -> None:
+    """The page of a run that has arrived, or was stopped."""
+    from hrsam.run import DISK, RunFailed
+    from hrsam.runreport import has_arrived, write_run_report
+
+    sets = settings.noc if has_arrived(settings) else ()
+    try:
+        written = write_run_report(settings.out, sets, side=settings.phases[-1].side, device=_device("auto"))
+    except OSError as err:
+        raise RunFailed(
+            DISK, f"the run is saved, its page cannot be written: {err}; make room, then hrsam report"
+        ) from err
+    if written is not None:
+        typer.echo(f"written: {written}", err=True)
 
 
 def _load(name: str, device: str):

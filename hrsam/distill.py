@@ -22,6 +22,7 @@ from torch import Tensor
 from hrsam.data.resize import resize, resized
 from hrsam.data.shot import recolour
 from hrsam.data.steps import Epochs, load_steps
+from hrsam.data.stream import Source
 from hrsam.data.transforms import MEAN, STD, Chance
 from hrsam.feed import Feed, own_parts
 from hrsam.frame import Frame
@@ -54,10 +55,11 @@ class DistillSettings(RunSettings):
     ``loss``: of the embeddings, with weight 1.  ``padding``: whether cells without picture count.  ``decoder_weight``: of the
     divergence between the masks that the teacher's decoder makes of both embeddings, for ``prompts`` random clicks a picture.
     ``colour``: chance of each of a changed brightness, contrast, saturation and hue; ``mirror``: of a mirrored picture.
-    A phase's ``batch`` is pictures, fitted into the top left of squares of its ``side``.  ``compile``: changes speed only.
+    A phase's ``batch`` is pictures, fitted into the top left of squares of its ``side``.  ``noc``: as in
+    :class:`hrsam.train.TrainSettings`.  ``compile``: changes speed only.
     """
 
-    FREE: ClassVar[frozenset[str]] = RunSettings.FREE | {"compile"}
+    FREE: ClassVar[frozenset[str]] = RunSettings.FREE | {"noc", "compile"}
 
     teacher: str
     data: tuple[str, ...]
@@ -74,6 +76,7 @@ class DistillSettings(RunSettings):
     decay: float = 1.0
     final_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    noc: tuple[Source, ...] = ()
     compile: Literal["none", "encoder"] = "encoder"
 
     @model_validator(mode="after")

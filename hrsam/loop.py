@@ -163,7 +163,7 @@ class Loop:
         with self._reporting(), Signals() as signals:
             if self.saved < 0:
                 self._save()  # a disk that does not take it shows now
-            phase, place = None, self._place(None)
+            phase, place, rate, norm = None, self._place(None), 0.0, torch.zeros(())
             while place < settings.steps and not self._asked(signals):
                 if phase is not (phase := settings.phase_at(place)):
                     self.task.enter(phase)
@@ -172,12 +172,14 @@ class Loop:
                 place = self._place(place)
                 if self.device.type == "cpu":  # elsewhere looking waits for the device
                     self._look()
-                if self.step % settings.log_every == 0 or self.step == settings.steps:
+                if self.step % settings.log_every == 0:
                     self._report(phase, rate, norm)
                 if self.reports is not None:
                     self.reports.advance(place)
                 if self.step % settings.save_every == 0:
                     self._save()
+            if phase is not None and place >= settings.steps and self.meter.steps:
+                self._report(phase, rate, norm)  # what came after the last line
             if self.saved != self.step:
                 self._save()
             if signals.got is not None and place < settings.steps:

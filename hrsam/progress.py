@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from hrsam.checkpoint import write_atomically
+from hrsam.images import write_png
 
 log = logging.getLogger("hrsam")
 
 LOG = "log.jsonl"
+PICTURE = "last.png"
 BOARD = "tensorboard"
 
 
@@ -81,7 +83,7 @@ def used_memory(device: torch.device) -> float:
 
 
 class Reports:
-    """``log.jsonl`` and ``tensorboard/`` in ``out``, and with ``live`` a bar on stderr.
+    """``log.jsonl``, ``last.png`` and ``tensorboard/`` in ``out``, and with ``live`` a bar on stderr.
 
     ``step``: the checkpoint's, later lines are taken back; ``total``: length of the run in the unit of :meth:`advance`.
     Close it in any case, a terminal is left in order then.  Raises ``OSError`` when a file cannot be written.
@@ -112,7 +114,8 @@ class Reports:
             self.bar.tell(line)
 
     def picture(self, pixels: np.ndarray, step: int) -> None:
-        """``pixels`` (H, W, 3) uint8 RGB, for TensorBoard."""
+        """``pixels`` (H, W, 3) uint8 RGB, for TensorBoard and as a file."""
+        write_png(self.path.with_name(PICTURE), pixels)
         if self.board is not None:
             self.board.add_image("train/clicks", pixels, step, dataformats="HWC")
 
@@ -129,13 +132,20 @@ class Reports:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop lines after ``step``, and one that a killed process left unfinished."""
+    """Drop lines after ``step``, and one that a killed process left unfinished; ``ValueError`` for a line nobody here wrote."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    kept = [line for n, line in enumerate(lines, 1) if line.endswith(b"\n") and _step_of(line, f"{path}:{n}") <= step]
     if len(kept) < len(lines):
         write_atomically(path, lambda file: file.write(b"".join(kept)))
+
+
+def _step_of(line: bytes, where: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{where} is no line of a run's log; remove the line, or give another out") from None
 
 
 def _board(folder: Path, step: int) -> Any:

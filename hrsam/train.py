@@ -64,11 +64,12 @@ class TrainSettings(RunSettings):
     the training at the phase's side, ``objects`` of a picture at most; ``on_error`` as in
     :class:`hrsam.data.stream.StreamSettings`.
 
-    A phase's ``batch`` is canvases of its ``side`` (``canvas``), or with ``packed`` pictures in packs.  ``compile`` and
-    ``graphs`` change speed only, on CUDA: ``"all"`` compiles the decoder too, which takes minutes.
+    A phase's ``batch`` is canvases of its ``side`` (``canvas``), or with ``packed`` pictures in packs.  ``noc``: data sets on
+    which the command measures clicks at the end.  ``compile`` and ``graphs`` change speed only, on CUDA: ``"all"`` compiles the
+    decoder too, which takes minutes.
     """
 
-    FREE: ClassVar[frozenset[str]] = RunSettings.FREE | {"compile", "graphs"}
+    FREE: ClassVar[frozenset[str]] = RunSettings.FREE | {"noc", "compile", "graphs"}
 
     data: tuple[str, ...] = ()
     hold_out: int = 0
@@ -78,6 +79,7 @@ class TrainSettings(RunSettings):
     canvas: CanvasSettings = CanvasSettings()
     packed: PackedPictures | None = None
     rounds: Rounds = Rounds()
+    noc: tuple[Source, ...] = ()
     compile: Literal["none", "encoder", "all"] = "encoder"
     graphs: bool = True
 

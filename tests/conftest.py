@@ -5,7 +5,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any test imports one
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:  # two pools of different sizes fight for the cores
+    torch.set_num_threads(2)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ HOUSE = (
     (5, "release targets"),
     (6, "bench demo distill doctor predict"),
     (6, "evaluate"),
+    (6, "runreport"),
     (7, "cli"),
     (8, "hrsam __main__"),
 )

@@ -102,6 +102,15 @@ def test_what_came_after_the_checkpoint_is_taken_back(tmp_path, torn):
     assert pictures == [1, 2, 3]
 
 
+def test_a_line_that_is_no_line_is_named(tmp_path):
+    for wrong in (b"not json\n", b"[1]\n", b'{"loss": 1}\n'):
+        log = tmp_path / "log.jsonl"
+        log.write_bytes(b'{"step": 1}\n' + wrong)
+        with pytest.raises(ValueError, match=r"log\.jsonl:2 is no line of a run's log; remove the line"):
+            Reports(tmp_path, 5, 10, live=False)
+        assert log.read_bytes().endswith(wrong)
+
+
 def test_flushed_curves_survive_a_kill(tmp_path):
     reports = Reports(tmp_path, 0, 10, live=False)
     reports.write(line(1))

@@ -120,7 +120,7 @@ def in_a_child(run, fuse=None):
     return process.exitcode
 
 
-IN_STEPS, IN_SAVES = (1, 4, 7, 10, 12), (2, 3, 5, 6, 7)
+IN_STEPS, IN_SAVES = (1, 4, 7, 10, 12), (3, 5, 7, 9, 11)  # between two checkpoints a picture gets its name
 PLACES = {
     "before a forward pass": ("hrsam.train.make_batch", False, IN_STEPS),
     "between gradient and update": ("hrsam.loop.move", False, IN_STEPS),
@@ -335,7 +335,8 @@ def no_space(function, number):
     ("place", "name", "number", "saved"),
     [
         (os, "replace", 1, None),
-        (os, "replace", 3, 1),
+        (os, "replace", 4, 1),  # the picture before the checkpoint
+        (os, "replace", 5, 1),
         (loop.Reports, "write", 2, 1),
         (loop.Reports, "flush", 3, 1),
     ],

@@ -202,6 +202,14 @@ def test_a_time_budget_is_kept_and_shared_out_to_the_phases(tmp_path, bank, slow
     assert lines[-1]["lr"] < 5e-4 < lines[0]["lr"]  # it falls over the last part of the time
 
 
+def test_a_time_budget_ends_with_a_line(tmp_path, bank, slow_clock):
+    """Seven steps a line, and a number of steps that the clock decides."""
+    state = load_state(training.train(settings(tmp_path, budget=6.0, log_every=7, save_every=99), bank=bank))
+    steps = [line["step"] for line in log_lines(settings(tmp_path))]
+    assert state["step"] % 7
+    assert steps == [*range(7, state["step"], 7), state["step"]]
+
+
 def test_a_spent_budget_is_not_spent_again(tmp_path, bank, slow_clock):
     first = load_state(training.train(settings(tmp_path, budget=2.0), bank=bank))
     again = load_state(training.train(settings(tmp_path, budget=2.0), bank=bank))

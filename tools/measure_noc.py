@@ -3,7 +3,7 @@
 python tools/measure_noc.py --davis DIR --hqseg44k DIR --coco DIR --lvis DIR --out tools/reports/starter_noc.json
 
 Reports and traces of the single evaluations lie in --work; what was played there already is not played again, and with
---only-played what was not is left out.
+--only-played what was not is left out.  With --keep rows of --out that are not measured now stay in it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["model", "grabcut"])
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--side", type=int, help="of the model's input; usually 1024")
     parser.add_argument("--only-played", action="store_true")
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("out/noc"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -44,13 +46,15 @@ def main() -> None:
         for method in args.methods:
             joint, whole = [], True
             for name, root in sets:
-                folder = args.work / f"{name}-{root.name}-{method}-{protocol}"
+                folder = args.work / "-".join(
+                    (name, root.name, method, protocol, *([str(args.side)] if args.side else ()))
+                )
                 if args.only_played and not (folder / "report.json").exists():
                     whole &= name not in JOINT
                     continue
                 what = Evaluation(
-                    name, str(root), str(folder), method=method, model=args.model, device=args.device,
-                    protocol=PROTOCOLS[protocol], command=shlex.join(["python", *sys.argv]),
+                    name, str(root), str(folder), method=method, model=args.model, side=args.side,
+                    device=args.device, protocol=PROTOCOLS[protocol], command=shlex.join(["python", *sys.argv]),
                 )  # fmt: skip
                 report = evaluate(what, progress=sys.stderr.isatty())
                 print(table(report), flush=True)
@@ -86,7 +90,21 @@ def main() -> None:
         "threads": machine["threads"],
         "results": results,
     }
+    if args.keep:
+        out = kept(json.loads(args.out.read_text()), out)
     args.out.write_text(json.dumps(out, indent=1) + "\n")
+
+
+def kept(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """``before`` with what was measured ``now``, row by row, each with the command it comes from."""
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["data"], row["method"]["name"], row["method"]["side"], row["protocol"]
+
+    source = {name: value for name, value in now.items() if name != "results"}
+    fresh = {place(row): {**row, "source": source} for row in now["results"]}
+    rows = [fresh.pop(place(row), row) for row in before["results"]]
+    return {**before, **source, "results": [*rows, *fresh.values()]}
 
 
 def short(summary: dict[str, Any]) -> dict[str, Any]:
