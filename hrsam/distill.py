@@ -245,6 +245,10 @@ class EmbeddingTask:
         if student.device.type == "cuda" and settings.compile != "none":
             compile_parts(decoder=False)
 
+    @property
+    def waited(self) -> float:
+        return self.feed.waited
+
     def enter(self, phase: Phase) -> None:
         halve_anchor(self.student.encoder, phase.side)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -26,7 +27,7 @@ class Feed(Generic[Batch]):
     """What the parts ``ranks`` of the loop train on; ``stream`` makes what a phase reads from.
 
     Loading begins with the first step of a phase that is asked for, so a run may end a phase, stop and go on anywhere.
-    Close it to end the processes that load.
+    ``waited``: seconds that :meth:`step` stood still so far.  Close it to end the processes that load.
     """
 
     def __init__(self, stream: Callable[[Phase], Steps[Batch]], ranks: Sequence[int]):
@@ -34,6 +35,7 @@ class Feed(Generic[Batch]):
         self._phase: Phase | None = None
         self._coming: Generator[Batch, None, None] | None = None
         self._step, self._batches = -1, []
+        self.waited = 0.0
 
     def step(self, phase: Phase, step: int) -> list[Batch]:
         """The batches of a step for all ``ranks``; those of the step before must not be asked for any more."""
@@ -42,7 +44,9 @@ class Feed(Generic[Batch]):
             self._phase = phase
             self._coming = self.stream(phase).batches(step, self.ranks)
         if step != self._step:
+            began = time.monotonic()
             self._step, self._batches = step, [next(self._coming) for _ in self.ranks]
+            self.waited += time.monotonic() - began
         return self._batches
 
     def close(self) -> None:

@@ -66,7 +66,10 @@ class Outcome:
 
 
 class Task(Protocol):
-    """What a kind of training adds to the loop."""
+    """What a kind of training adds to the loop.  ``waited``: seconds that it stood still for its data so far."""
+
+    @property
+    def waited(self) -> float: ...
 
     def enter(self, phase: Phase) -> None:
         """Get ready for a phase, before its first step in this process."""
@@ -141,6 +144,7 @@ class Loop:
         self.parts = self.processes * settings.accumulate
         self.out = Path(settings.out)
         self.step, self.spent, self.saved = 0, 0.0, -1
+        self._since = time.monotonic(), task.waited  # the last line of the log
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.gradients, self.watch, self.meter = Gradients(self.weights), Watch(self.device), Meter()
         self.optimizer = build_optimizer(model, settings)
@@ -285,6 +289,9 @@ class Loop:
         self._look()
         line = {"step": self.step, "side": phase.side, **self.meter.line(), "grad_norm": round(norm.item(), 3)}
         line |= {"lr": round(rate, 9), "memory_gib": round(used_memory(self.device), 2)}
+        now = time.monotonic(), self.task.waited
+        line["waiting"] = round((now[1] - self._since[1]) / max(1e-9, now[0] - self._since[0]), 3)
+        self._since = now
         line["seconds"] = round(self._seconds(), 1)
         if self.reports is not None:
             with self._disk():

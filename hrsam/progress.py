@@ -187,6 +187,8 @@ def in_words(line: Mapping[str, Any]) -> str:
     shown = [f"step {line['step']}", f"{line['side']} px"]
     shown += [f"{name} {line[name]:.3f}" for name in line if name == "loss" or name.startswith("iou")]
     shown += [f"{_short(line[name])} {name[:-6]}/s" for name in line if name.endswith("_per_s")]
+    if line.get("waiting", 0) > 0.1:
+        shown.append(f"waits {line['waiting']:.0%} for data")
     return " · ".join([*shown, f"{line['memory_gib']:.1f} GiB"])
 
 

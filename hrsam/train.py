@@ -204,6 +204,10 @@ class ClickTask:
         self.canvas: tuple[Tensor, Tensor] | None = None
         make_fast(model, settings)
 
+    @property
+    def waited(self) -> float:
+        return self.photos.waited if isinstance(self.photos, Feed) else 0.0
+
     def enter(self, phase: Phase) -> None:
         if self.settings.graphs and self.model.device.type == "cuda":
             self.rollout.set_side(phase.side)
@@ -242,6 +246,10 @@ class PackedTask:
         self.seen: tuple[Tensor, Tensor] | None = None
         self._totals = -1, 0.0, 0.0  # step, denominator of the loss, objects
         make_fast(model, settings)
+
+    @property
+    def waited(self) -> float:
+        return self.feed.waited
 
     def enter(self, phase: Phase) -> None:
         """Nothing: a phase's stream begins with its first step."""

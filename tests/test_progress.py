@@ -139,6 +139,8 @@ def test_the_line_in_words():
         "step 20 · 64 px · loss 1.000 · iou_first 0.500 · iou_last 0.750 · "
         "12.3 images/s · 1.2k clicks/s · 2.5M tokens/s · 3.1 GiB"
     )
+    assert in_words({**line(20), "memory_gib": 1, "waiting": 0.345}).endswith(" · waits 34% for data · 1.0 GiB")
+    assert "waits" not in in_words({**line(20), "memory_gib": 1, "waiting": 0.05})
 
 
 def test_the_bar_shows_the_line_on_stderr(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from hrsam import train as training
 from hrsam.checkpoint import load_state
+from hrsam.data import stream
 from hrsam.data.packing import UNITS
 from hrsam.data.stream import Source, Stream
 from hrsam.models.presets import PRESETS
@@ -83,6 +85,22 @@ def test_a_run_writes_state_log_and_picture(tmp_path, root, form):
         assert 0 <= line["iou_last"] <= 1
         assert line["clicks"] >= 3 * line["images"]
     assert lines[0]["tokens"] > 0
+
+
+def test_waiting_for_data_is_seen(tmp_path, root, monkeypatch):
+    """A step that waits half a second for its pictures, and next to nothing without."""
+    load = stream.load_shot
+
+    def slow(shot):
+        time.sleep(0.25)
+        return load(shot)
+
+    training.train(canvases(tmp_path / "a", root))
+    monkeypatch.setattr(stream, "load_shot", slow)
+    training.train(canvases(tmp_path / "b", root))
+    quick, waiting = (log_lines(canvases(tmp_path / name, root))[-1] for name in "ab")
+    assert waiting["waiting"] > 0.3 > quick["waiting"] > 0
+    assert quick["waiting"] < waiting["waiting"] < 1
 
 
 def test_each_picture_of_a_step_has_a_canvas(tmp_path, root, monkeypatch):

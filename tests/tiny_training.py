@@ -17,7 +17,7 @@ from hrsam.rollout import Rounds
 from hrsam.train import TrainSettings
 from tests.builders import small_config
 
-CLOCK = ("seconds", "memory_gib", "images_per_s", "clicks_per_s", "tokens_per_s")  # of a line, not the same in two runs
+CLOCK = ("seconds", "waiting", "memory_gib", "images_per_s", "clicks_per_s", "tokens_per_s")  # of a line, not the same in two runs
 
 
 def write_photos(root):

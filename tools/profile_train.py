@@ -1,4 +1,5 @@
-"""Where a training step's time goes on a CUDA device: wall and kernel time a step, and the costliest kernels, as JSON.
+"""Where a training step's time goes on a CUDA device: wall and kernel time a step, the shares of canvases and simulated user,
+and the costliest kernels, as JSON.
 
 python tools/profile_train.py --data train/part1 --side 384 --batch 64 --compile encoder --out profile.json
 """
@@ -9,6 +10,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda")
     phase = Phase(side=args.side, batch=args.batch, steps=1000, lr=1e-3)
-    settings = TrainSettings(preset=args.preset, data=(), out="", phases=(phase,))
+    settings = TrainSettings(preset=args.preset, data=tuple(map(str, args.data)), out="", phases=(phase,))
     bank = PhotoBank.load(args.data).to(device)
     model = build(args.preset).to(device).train()
     rollout, optimizer = ClickRollout(model, settings.rounds), build_optimizer(model, settings)
@@ -68,6 +70,7 @@ def main() -> None:
     timed(step, 10)
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **vars(args), "data": len(bank)}
     report |= {"out": None, "prepare_s": round(time.perf_counter() - started, 1), "step_ms": timed(step, 10)}
+    report["user_ms"] = user_time(rollout, step, 10)
     report["batch_ms"] = timed(lambda n: make_batch(bank, args.batch, args.side, generator, settings.canvas), 5)
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         timed(step, 3)
@@ -79,6 +82,39 @@ def main() -> None:
     print(json.dumps(report, indent=1))
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def user_time(rollout: ClickRollout, step: Callable[[int], None], count: int) -> float:
+    """Milliseconds a step between the beginning and the end of the simulated user's kernels."""
+    pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    plays = {name: getattr(rollout, name) for name in ("_start", "_next")}
+    inside = False
+
+    def watched(play: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            nonlocal inside
+            if inside:  # the first click is the next click of an empty mask
+                return play(*arguments)
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pairs.append(pair)
+            inside = True
+            pair[0].record()
+            try:
+                return play(*arguments)
+            finally:
+                pair[1].record()
+                inside = False
+
+        return call
+
+    for name, play in plays.items():
+        setattr(rollout, name, watched(play))
+    for number in range(count):
+        step(number)
+    torch.cuda.synchronize()
+    for name in plays:
+        delattr(rollout, name)
+    return round(sum(begin.elapsed_time(end) for begin, end in pairs) / count, 2)
 
 
 if __name__ == "__main__":
