@@ -120,13 +120,14 @@ def in_a_child(run, fuse=None):
     return process.exitcode
 
 
-IN_STEPS, IN_SAVES = (1, 4, 7, 10, 12), (3, 5, 7, 9, 11)  # between two checkpoints a picture gets its name
+IN_STEPS, IN_SAVES = (1, 4, 7, 10, 12), (2, 3, 5, 6, 7)
+IN_NAMES = (3, 5, 7, 9, 13)  # the first name is a checkpoint's, then a picture's and a checkpoint's in turn
 PLACES = {
     "before a forward pass": ("hrsam.train.make_batch", False, IN_STEPS),
     "between gradient and update": ("hrsam.loop.move", False, IN_STEPS),
     "after the averaged weights": ("hrsam.optim.Average.update", True, IN_STEPS),
-    "before a checkpoint gets its name": ("os.replace", False, IN_SAVES),
-    "after it got its name": ("os.replace", True, IN_SAVES),
+    "before a checkpoint gets its name": ("os.replace", False, IN_NAMES),
+    "after it got its name": ("os.replace", True, IN_NAMES),
     "after the old ones are removed": ("hrsam.loop.save_checkpoint", True, IN_SAVES),
 }
 FUSES = {f"{place} {n}": (what, n, after) for place, (what, after, numbers) in PLACES.items() for n in numbers}
