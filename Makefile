@@ -14,11 +14,15 @@ $(VENV)/.core: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e .
 	@touch $@
 
+$(VENV)/.page: $(VENV)/.core
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[demo]"
+	@touch $@
+
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e ".[dev]"
 	@touch $@
 
-demo: $(VENV)/.core
+demo: $(VENV)/.page
 	$(BIN)/hrsam demo $(if $(filter 0,$(SERVE)),--no-serve)
 
 test: $(VENV)/.dev

@@ -33,21 +33,39 @@ def _setup(
 
 @app.command()
 def demo(
+    pictures: Annotated[Optional[list[Path]], typer.Argument(help="Picture files, or one folder of them.")] = None,  # noqa: UP045
     model: Model = DEFAULT_MODEL,
     device: Device = "auto",
     side: Side = 1024,
     clicks: Annotated[int, typer.Option(min=1, max=20, help="Clicks of the simulated user.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for the overlay; made when missing.")] = Path("out"),
-    serve: Annotated[bool, typer.Option(help="Go on to the click page afterwards, where it exists.")] = True,
+    serve: Annotated[bool, typer.Option(help="Go on to the click page.")] = True,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; another than loopback lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[Optional[int], typer.Option(min=0, max=65535, help="Port; a free one unless given.")] = None,  # noqa: UP045
+    state: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for work and uploads; one of your own unless given."),
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
-    """Cut the bundled photograph with a few clicks and show how good each mask is."""
-    from hrsam.demo import tour
+    """Click on pictures in a browser:  hrsam demo photos/
 
+    Without pictures it first cuts the bundled photograph with a few clicks of a simulated user and shows how good each mask is.
+    """
+    from hrsam.demo import open_page, tour
+
+    if pictures and not serve:
+        raise ValueError("got pictures and --no-serve; leave one of them out")
     loaded = _load(model, device)
-    out.mkdir(parents=True, exist_ok=True)
-    tour(loaded, out / "demo.png", clicks=clicks, side=side, say=typer.echo)
+    if not pictures:
+        out.mkdir(parents=True, exist_ok=True)
+        tour(loaded, out / "demo.png", clicks=clicks, side=side, say=typer.echo)
     if serve:
-        typer.echo("This version has no click page yet; try `hrsam predict PHOTO --click X,Y --out mask.png`.")
+        open_page(
+            loaded, model, pictures or (), state=state, side=side, host=host, port=port, browser=browser, say=typer.echo
+        )
 
 
 @app.command()
@@ -66,12 +84,21 @@ def predict(
     out: Annotated[Path, typer.Option("--out", help="Mask, PNG with 0 and 255.")] = Path("mask.png"),
     overlay: Annotated[Optional[Path], typer.Option("--overlay", help="Photo with the mask drawn on it.")] = None,  # noqa: UP045
     json: Annotated[Optional[Path], typer.Option("--json", help="Every round: mask, predicted IoU, times.")] = None,  # noqa: UP045
+    replay: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--replay", help="Do again what this click log says, at its side; --out gets a number an object."),
+    ] = None,
 ) -> None:
     """Cut an object out of a photo:  hrsam predict cat.jpg --click 400,300 --click 80,90,0 --out mask.png"""
     from hrsam.clicks import parse_click
     from hrsam.predict import predict_file
     from hrsam.session import parse_box
 
+    if replay is not None:
+        if click or box is not None:
+            raise ValueError("a click log holds all clicks and boxes; leave out --click and --box with --replay")
+        _replay(photo, replay, model, device, out, overlay, json)
+        return
     clicks = [parse_click(text) for text in click or ()]
     corners = None if box is None else parse_box(box)
     if not clicks and corners is None:
@@ -88,6 +115,21 @@ def predict(
         f"{out}: {last['area']} pixels, predicted IoU {last['predicted_iou']:.2f}, "
         f"encode {cut.report['encode_ms']:.0f} ms, last click {last['decode_ms']:.0f} ms"
     )
+
+
+def _replay(
+    photo: Path, file: Path, model: str, device: str, out: Path, overlay: Path | None, json: Path | None
+) -> None:
+    from hrsam.clicklog import read_log
+    from hrsam.predict import replay_file
+    from hrsam.weights import list_models
+
+    log = read_log(file)
+    if model == DEFAULT_MODEL and log.model.name in list_models():
+        model = log.model.name
+    loaded = _load(model, device)
+    for name, area in replay_file(photo, log, file, loaded, out=out, overlay_out=overlay, json_out=json).items():
+        typer.echo(f"{name}: {area} pixels")
 
 
 @app.command()
@@ -150,7 +192,7 @@ def evaluate(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="encoder, train-step, click, scan, attention or packing.")],
+    what: Annotated[str, typer.Argument(help="encoder, train-step, click, scan, attention, packing or demo.")],
     out: Annotated[Optional[Path], typer.Option("--out", help="JSON report; folders are made.")] = None,  # noqa: UP045
     device: Device = "auto",
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16 or float32.")] = None,  # noqa: UP045

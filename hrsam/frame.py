@@ -7,6 +7,7 @@ Pictures and masks of the original are arrays; what belongs to the model is a te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -87,18 +88,19 @@ class Frame:
     ) -> Tensor:
         """Picture (height, width, 3) uint8 RGB → model input (3, PH, PW) float32 on ``device``.
 
-        Resized by area averaging when it shrinks (no aliasing) and bilinearly when it grows, rounded to whole grey
-        levels; then ``(value − mean) / std`` with both on the 0–255 scale; then padded with 0, the mean colour.
+        A picture of the size :attr:`resized` is taken as it is.  Any other is resized by area averaging when it shrinks
+        (no aliasing) and bilinearly when it grows, rounded to whole grey levels; then ``(value − mean) / std`` with both
+        on the 0–255 scale; then padded with 0, the mean colour.
         ``bgr=True`` turns the channels round *before* normalising, so that channel 0 is blue with ``mean[0]``, which is
         what the official HRSAM weights were trained on.
         """
         import cv2
 
-        if pixels.dtype != np.uint8 or pixels.shape != (self.height, self.width, 3):
+        height, width = self.resized
+        if pixels.dtype != np.uint8 or pixels.shape not in ((self.height, self.width, 3), (height, width, 3)):
             raise ValueError(
                 f"got pixels {pixels.dtype} {pixels.shape}; this frame is for uint8 {(self.height, self.width, 3)}"
             )
-        height, width = self.resized
         pixels = np.ascontiguousarray(pixels)
         if (height, width) != pixels.shape[:2]:
             pixels = cv2.resize(pixels, (width, height), interpolation=self._interpolation())
@@ -120,14 +122,14 @@ class Frame:
         antialias, as HRSAM evaluates).  Takes the result, one plane of the model's size and a small band of memory.
         """
         out = np.empty((self.height, self.width), np.float32)
-        for rows, band in self._enlarged(logits):
+        for rows, band in self.bands(logits):
             out[rows] = band
         return torch.from_numpy(out)
 
     def mask_to_original(self, logits: Tensor, above: float = 0.0) -> np.ndarray:
         """``logits_to_original(logits) > above`` as (height, width) bool, in a quarter of the memory."""
         out = np.empty((self.height, self.width), bool)
-        for rows, band in self._enlarged(logits):
+        for rows, band in self.bands(logits):
             np.greater(band, above, out=out[rows])
         return out
 
@@ -144,42 +146,87 @@ class Frame:
         plane = plane[..., :height, :width]
         return F.interpolate(plane, (self.height, self.width), mode="bilinear")[0, 0] > above
 
-    def _enlarged(self, logits: Tensor) -> Iterator[tuple[slice, np.ndarray]]:
-        """Bands of rows of the original-size logits: the rows are mixed here, the columns by OpenCV."""
+    def bands(self, logits: Tensor, rows: range | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """:meth:`logits_to_original` of some rows, a band at a time: places in ``rows``, (n, width) float32.
+
+        ``rows``: rows of the original, all unless given.  A row is the same to the bit whatever else is asked for.
+        """
         import cv2
 
         low = logits.detach().to("cpu", torch.float32).numpy()
         if low.shape != self.logits_size:
             raise ValueError(f"got logits of shape {low.shape}; this frame needs {self.logits_size}")
         height, width = self.resized
-        plane = cv2.resize(low, self.padded[::-1], interpolation=cv2.INTER_LINEAR)[:height, :width]
-        centre = np.clip((np.arange(self.height) + 0.5) * (height / self.height) - 0.5, 0, height - 1)
+        wanted = np.arange(self.height) if rows is None else np.asarray(rows, dtype=np.int64)
+        if not wanted.size:
+            return
+        centre = np.clip((wanted + 0.5) * (height / self.height) - 0.5, 0, height - 1)
         above = centre.astype(np.int64)
         below = np.minimum(above + 1, height - 1)
         weight = (centre - above).astype(np.float32)[:, None]
-        step = max(1, _BAND // self.width)
-        for top in range(0, self.height, step):
-            rows = slice(top, min(top + step, self.height))
-            band = plane[above[rows]]
-            band += (plane[below[rows]] - band) * weight[rows]
-            yield rows, cv2.resize(band, (self.width, len(band)), interpolation=cv2.INTER_LINEAR)
+        # only the logits that these rows are made of, and their neighbours
+        first = max(0, int(above.min()) // _STRIDE - 1)
+        part = low[first : int(below.max()) // _STRIDE + 2]
+        plane = cv2.resize(part, (self.padded[1], _STRIDE * len(part)), interpolation=cv2.INTER_LINEAR)[:, :width]
+        above, below = above - _STRIDE * first, below - _STRIDE * first
+        step = max(2, _BAND // self.width)
+        for top in range(0, len(wanted), step):
+            some = slice(top, min(top + step, len(wanted)))
+            band = plane[above[some]]
+            band += (plane[below[some]] - band) * weight[some]
+            alone = len(band) == 1  # OpenCV rounds a single row differently
+            wide = cv2.resize(np.repeat(band, 1 + alone, axis=0), (self.width, len(band) + alone))
+            yield some, wide[: len(band)]
+
+    def rows_above(self, logits: Tensor, above: float = 0.0) -> range:
+        """Rows of the original outside which :meth:`logits_to_original` is nowhere over ``above``."""
+        found = torch.nonzero((logits.detach() > above).any(1)).flatten().tolist()
+        if not found:
+            return range(0)
+        # A logit reaches two model pixels beyond its own four, a model pixel one further; one more for rounding.
+        ratio = self.height / self.resized[0]
+        top = math.floor((_STRIDE * found[0] - 4) * ratio) - 1
+        bottom = math.ceil((_STRIDE * (found[-1] + 1) + 4) * ratio) + 1
+        return range(max(0, min(top, self.height)), max(0, min(bottom, self.height)))
 
     def mask_to_logits(self, mask: np.ndarray, magnitude: float) -> Tensor:
         """A given mask (height, width) bool → logits :attr:`logits_size` float32, to refine it by clicks.
 
-        The share ``p`` of a logit's cell that the mask covers becomes ``magnitude · (2p − 1)``; padding is background.
+        Of a mask thinned to every s-th row and column it takes (⌈height / s⌉, ⌈width / s⌉).  The share ``p`` of a
+        logit's cell that the mask covers becomes ``magnitude · (2p − 1)``; padding is background.
         """
         import cv2
 
-        if mask.dtype != bool or mask.shape != (self.height, self.width):
+        if mask.dtype != bool or not self._covers(mask.shape):
             raise ValueError(f"got a mask {mask.dtype} {mask.shape}; this frame needs bool {(self.height, self.width)}")
         height, width = self.resized
-        cover = np.zeros(self.padded, np.float32)
         grey = np.where(mask, np.uint8(255), np.uint8(0))
-        cover[:height, :width] = cv2.resize(grey, (width, height), interpolation=self._interpolation())
+        cover = cv2.resize(grey, (width, height), interpolation=self._interpolation())
+        return torch.from_numpy(magnitude * (2 * (self._cells(cover, 0) / 255) - 1))
+
+    def logits_to_model(self, logits: np.ndarray) -> Tensor:
+        """Logits (height, width) float32 of the original → :attr:`logits_size` float32, to go on from them.
+
+        Thinned ones as in :meth:`mask_to_logits`.  A cell is the mean over its area; padding is −10.
+        """
+        import cv2
+
+        if logits.dtype != np.float32 or not self._covers(logits.shape):
+            raise ValueError(f"got logits {logits.dtype} {logits.shape}; give float32 {(self.height, self.width)}")
+        small = cv2.resize(logits, self.resized[::-1], interpolation=self._interpolation())
+        return torch.from_numpy(self._cells(small, -10))
+
+    def _covers(self, shape: tuple[int, ...]) -> bool:
+        """Whether ``shape`` is the original's, or that of every s-th of its rows and columns."""
+        step = -(-self.height // max(1, shape[0]))
+        return shape == (-(-self.height // step), -(-self.width // step))
+
+    def _cells(self, values: np.ndarray, outside: float) -> np.ndarray:
+        """Mean of each logit's cell of ``values`` :attr:`resized`, float32; the padding is ``outside``."""
+        plane = np.full(self.padded, outside, np.float32)
+        plane[: values.shape[0], : values.shape[1]] = values
         rows, columns = self.logits_size
-        share = cover.reshape(rows, _STRIDE, columns, _STRIDE).mean(axis=(1, 3)) / 255
-        return torch.from_numpy(magnitude * (2 * share - 1))
+        return plane.reshape(rows, _STRIDE, columns, _STRIDE).mean(axis=(1, 3))
 
 
 def _round_up(pixels: int) -> int:

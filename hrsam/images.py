@@ -89,6 +89,18 @@ def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Picture:
         return Picture(_rgb8(decoded), tuple(decoded.notes))
 
 
+def probe(source: str | Path | bytes) -> tuple[str, int, int]:
+    """Kind ("JPEG", "PNG", "WEBP", "TIFF" or "BMP"), width and height as stored, from the header; nothing is decoded.
+
+    Raises :class:`PictureError` as :func:`read_image`, for what the header shows.
+    """
+    with _reading(source), _binary(source) as file:
+        image = _plugin(file.read(32))
+        file.seek(0)
+        opened = image(file)
+        return str(opened.format), *opened.size
+
+
 def read_labels(source: Source, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read a label picture: (H, W) values as stored, upright.
 
@@ -124,11 +136,17 @@ def read_mask(source: Source, *, threshold: float | None = None, max_pixels: int
 
 @contextmanager
 def _decoded(source: Source, max_pixels: int) -> Iterator[_Decoded]:
-    """The first frame of ``source``, upright; whatever goes wrong inside leaves as PictureError."""
+    """The first frame of ``source``, upright."""
+    with _reading(source), _binary(source) as file:
+        yield _decode(file, max_pixels)
+
+
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """Whatever goes wrong inside leaves as PictureError."""
     name = str(source) if isinstance(source, (str, Path)) else "picture"
     try:
-        with _binary(source) as file:
-            yield _decode(file, max_pixels)
+        yield
     except PictureError as error:
         raise PictureError(f"{name}: {error}") from error.__cause__
     except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, struct.error, MemoryError, …
@@ -158,8 +176,6 @@ def _binary(source: Source) -> BinaryIO:
 def _decode(file: BinaryIO, max_pixels: int) -> _Decoded:
     header = file.read(32)
     file.seek(0)
-    if not header:
-        raise PictureError("the file is empty")
     # Plugin classes and not Image.open: its pixel limit is one number for the whole process, ours is an argument.
     image = _plugin(header)(file)
     width, height = image.size
@@ -186,6 +202,8 @@ def _decode(file: BinaryIO, max_pixels: int) -> _Decoded:
 
 
 def _plugin(header: bytes) -> type[ImageFile.ImageFile]:
+    if not header:
+        raise PictureError("the file is empty")
     if header.startswith(b"\xff\xd8\xff"):
         return JpegImageFile
     if header.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -13,9 +13,12 @@ import numpy as np
 
 from hrsam import rle
 from hrsam.checkpoint import write_atomically
+from hrsam.clicklog import ClickLog, replay
 from hrsam.clicks import Click
+from hrsam.export import write_mask
 from hrsam.images import overlay, read_image, write_png
 from hrsam.models.model import HRSAM
+from hrsam.pyramid import open_pyramid
 from hrsam.session import Box, Session
 
 
@@ -84,7 +87,7 @@ def predict_file(
 
     All names are checked first; files are written after the last round succeeded, each whole or not at all.
     """
-    _check_targets(photo, out, overlay_out, json_out)
+    _check_targets((photo,), out, overlay_out, json_out)
     picture = read_image(photo)
     cut = cut_out(model, picture.pixels, clicks, box, side)
     report = {"photo": photo.name, "notes": list(picture.notes), **cut.report}
@@ -97,8 +100,68 @@ def predict_file(
     return Cut(cut.mask, report)
 
 
-def _check_targets(photo: Path, out: Path | None, overlay_out: Path | None, json_out: Path | None) -> None:
-    taken = [photo.resolve()]
+def replay_file(
+    photo: Path,
+    log: ClickLog,
+    log_file: Path,
+    model: HRSAM,
+    *,
+    out: Path,
+    overlay_out: Path | None = None,
+    json_out: Path | None = None,
+) -> dict[Path, int]:
+    """Do again what ``log``, read from ``log_file``, says of ``photo``; returns the masks written and their areas.
+
+    Every object gets a 0/255 PNG whose name ends in its number: ``mask.png`` becomes ``mask-1.png``, ``mask-2.png``, ….
+    The overlay shows all of them, the JSON report lists them.  Names are checked first, files are written last.
+    """
+    _check_targets((photo, log_file), out, overlay_out, json_out)
+    pyramid = open_pyramid(photo)
+    try:
+        if overlay_out is not None and pyramid.pixels is None:
+            raise ValueError(f"{photo} is too large for an overlay; leave out --overlay")
+        cutting = replay(log, model, pyramid)
+        things = list(cutting.objects.values())
+        names = {thing.id: out.with_name(f"{out.stem}-{thing.id}{out.suffix}") for thing in things}
+        for name in names.values():
+            _check_targets((photo, log_file, *filter(None, (overlay_out, json_out))), name, None, None)
+        for thing in things:
+            write_atomically(names[thing.id], lambda file, mask=thing.mask: write_mask(file, mask))
+        if overlay_out is not None:
+            assert pyramid.pixels is not None
+            drawn = pyramid.pixels
+            for thing in things:
+                red, green, blue = bytes.fromhex(thing.colour[1:])
+                drawn = overlay(drawn, thing.mask.array(), thing.clicks, colour=(red, green, blue))
+            write_png(overlay_out, drawn)
+        if json_out is not None:
+            report = {
+                "photo": photo.name,
+                "notes": list(pyramid.notes),
+                "model": model.config.preset,
+                "side": log.side,
+                "width": pyramid.width,
+                "height": pyramid.height,
+                "device": str(model.device),
+                "objects": [
+                    {
+                        "id": thing.id,
+                        "name": thing.name,
+                        "mask": thing.mask.rle(),
+                        "area": thing.mask.area,
+                        "predicted_iou": None if thing.iou != thing.iou else round(thing.iou, 4),
+                    }
+                    for thing in things
+                ],
+            }
+            write_atomically(json_out, lambda file: file.write(json.dumps(report, indent=1).encode()))
+        return {names[thing.id]: thing.mask.area for thing in things}
+    finally:
+        pyramid.close()
+
+
+def _check_targets(sources: Sequence[Path], out: Path | None, overlay_out: Path | None, json_out: Path | None) -> None:
+    taken = [source.resolve() for source in sources]
     for path in (out, overlay_out, json_out):
         if path is None:
             continue

@@ -25,15 +25,45 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     """
     if mask.dtype != bool or mask.ndim != 2 or not mask.size:
         raise ValueError(f"got a mask {mask.dtype} {mask.shape}; give (H, W) bool with at least one pixel")
-    height, width = mask.shape
-    # Where the value changes, found row by row (the mask's order in memory) and then sorted by column: much faster
-    # than turning the whole mask.
-    row, column = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), width)
-    inner = column * height + row + 1
-    tops = (np.flatnonzero(mask[0, 1:] != mask[-1, :-1]) + 1) * height
-    first = [0, 0] if mask[0, 0] else [0]
-    starts = np.concatenate([first, np.sort(np.concatenate([inner, tops])), [mask.size]])
-    return {"size": [height, width], "counts": _compress(np.diff(starts))}
+    height = len(mask)
+    return from_starts(starts(steps_down(mask, 0, height), mask[0], mask[-1], height), height)
+
+
+def steps_down(rows: np.ndarray, top: int, height: int) -> np.ndarray:
+    """Where the value changes down the columns of some rows (n, W) bool, ``top`` the first, of a mask ``height`` high.
+
+    Returns positions in the mask read column by column, int64, not sorted.
+    """
+    # Found row by row (the mask's order in memory), to be sorted by column later: much faster than turning the mask.
+    row, column = np.divmod(np.flatnonzero(rows[1:] != rows[:-1]), rows.shape[1])
+    return column * height + (row + top + 1)
+
+
+def starts(steps: np.ndarray, first: np.ndarray, last: np.ndarray, height: int) -> np.ndarray:
+    """Where the runs of a mask begin, and its number of pixels at the end, from :func:`steps_down` of all its rows.
+
+    ``first`` and ``last`` (W,) bool are its rows 0 and ``height`` − 1.  Even runs are background, the first may be empty.
+    """
+    tops = (np.flatnonzero(first[1:] != last[:-1]) + 1) * height
+    begin = [0, 0] if first[0] else [0]
+    return np.concatenate([begin, np.sort(np.concatenate([steps, tops])), [height * len(first)]])
+
+
+def from_starts(starts: np.ndarray, height: int) -> dict[str, Any]:
+    """What :func:`encode` gives for the mask whose runs begin at ``starts``."""
+    return {"size": [height, int(starts[-1]) // height], "counts": _compress(np.diff(starts))}
+
+
+def to_starts(rle: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Where the runs of an RLE begin, and its number of pixels; checks and errors are those of :func:`decode`."""
+    height, width = _size(rle, max_pixels)
+    counts = _counts(rle, height * width)
+    total = int(counts.sum())
+    if total != height * width:
+        raise ValueError(
+            f"RLE counts add up to {total}, but {height}x{width} pixels need {height * width}; it is damaged"
+        )
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def decode(rle: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -43,13 +73,8 @@ def decode(rle: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS) -> np.ndarra
     before everything has been checked.  Raises ``ValueError`` for missing keys, sizes below 1 or over ``max_pixels``,
     characters that do not belong, cut-off or negative counts, and counts that do not add up to H·W.
     """
-    height, width = _size(rle, max_pixels)
-    counts = _counts(rle, height * width)
-    total = int(counts.sum())
-    if total != height * width:
-        raise ValueError(
-            f"RLE counts add up to {total}, but {height}x{width} pixels need {height * width}; it is damaged"
-        )
+    counts = np.diff(to_starts(rle, max_pixels=max_pixels))
+    height, width = rle["size"]
     columns = np.repeat(np.arange(counts.size) % 2 == 1, counts).reshape(width, height)
     mask = np.empty((height, width), bool)
     for left in range(0, width, 32):  # in strips that fit the cache: five times as fast as one transposed copy

@@ -1,7 +1,7 @@
 """One picture and its rounds of clicks.
 
-A :class:`Round` is immutable and holds its own result, so undo and redo move a pointer and compute nothing.  The model
-is given and never changed; many sessions may share it.
+A :class:`Round` is immutable and holds its own result, and a :class:`History` is immutable too: undo and redo compute
+nothing, and what was refused has changed nothing.  The model is given and never changed; many sessions may share it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hrsam.clicks import Click, check_clicks
 from hrsam.frame import Frame
+from hrsam.mask import Mask
 from hrsam.models.model import HRSAM, Embedding
 
 Box = tuple[float, float, float, float]
@@ -47,6 +48,13 @@ class Prediction:
         return _read_only(self.frame.mask_to_original(self.low_res))
 
     @cached_property
+    def runs(self) -> Mask:
+        """:attr:`mask` as run lengths, made without the array."""
+        frame, rows = self.frame, self.frame.rows_above(self.low_res)
+        bands = frame.bands(self.low_res, rows)
+        return Mask.scan(frame.height, frame.width, ((rows[some.start], band > 0) for some, band in bands))
+
+    @cached_property
     def logits(self) -> np.ndarray:
         """(H, W) float32 at the original size, read-only."""
         return _read_only(self.frame.logits_to_original(self.low_res).numpy())
@@ -54,28 +62,104 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """Everything that was asked so far, and the answer.  ``given``: the mask a session was started or refined from."""
+    """Everything that was asked so far, and the answer.  ``given``: the mask that counts instead of the prediction's."""
 
     clicks: tuple[Click, ...]
     box: Box | None
     prediction: Prediction
-    given: np.ndarray | None = None
+    given: Mask | None = None
 
     @property
     def mask(self) -> np.ndarray:
-        return self.prediction.mask if self.given is None else self.given
+        """(H, W) bool at the original size, read-only."""
+        return self.prediction.mask if self.given is None else self._given
+
+    @cached_property
+    def _given(self) -> np.ndarray:
+        assert self.given is not None
+        return _read_only(self.given.array())
+
+    @property
+    def runs(self) -> Mask:
+        """:attr:`mask` as run lengths."""
+        return self.prediction.runs if self.given is None else self.given
 
 
-def encode_picture(model: HRSAM, pixels: np.ndarray, side: int = 1024) -> EncodedPicture:
+@dataclass(frozen=True, eq=False)
+class History:
+    """The rounds of one object, oldest first, and those taken back, the last one first to come back.
+
+    What changes it returns the history that is then.
+    """
+
+    rounds: tuple[Round, ...] = ()
+    undone: tuple[Round, ...] = ()
+
+    @property
+    def last(self) -> Round | None:
+        return self.rounds[-1] if self.rounds else None
+
+    def then(self, round: Round) -> History:
+        return History((*self.rounds, round))
+
+    def undo(self) -> History:
+        """Without the last round; ``ValueError`` when there is none."""
+        if not self.rounds:
+            raise ValueError("there is nothing to undo")
+        return History(self.rounds[:-1], (*self.undone, self.rounds[-1]))
+
+    def redo(self) -> History:
+        """With the round undone last; ``ValueError`` when there is none."""
+        if not self.undone:
+            raise ValueError("there is nothing to redo")
+        return History((*self.rounds, self.undone[-1]), self.undone[:-1])
+
+    def click(self, model: HRSAM, picture: EncodedPicture, click: Click) -> History:
+        """Decode all clicks so far and this one, the box, and the logits before."""
+        clicks, box, previous = self._prompt()
+        return self._play(model, picture, (*clicks, click), box, previous)
+
+    def box(self, model: HRSAM, picture: EncodedPicture, box: Box) -> History:
+        """As :meth:`click`, with a box that replaces an earlier one."""
+        clicks, _, previous = self._prompt()
+        return self._play(model, picture, clicks, check_box(box, picture.frame.height, picture.frame.width), previous)
+
+    def start_from(self, frame: Frame, mask: Mask) -> History:
+        """Go on from a given mask; the next click improves it."""
+        clicks, box, _ = self._prompt()
+        low_res = frame.mask_to_logits(mask.sample(2 * frame.side), GIVEN_LOGIT)
+        return self.then(Round(clicks, box, Prediction(frame, low_res, float("nan"), 0.0), given=mask))
+
+    def _prompt(self) -> tuple[tuple[Click, ...], Box | None, Tensor | None]:
+        if self.last is None:
+            return (), None, None
+        return self.last.clicks, self.last.box, self.last.prediction.low_res
+
+    def _play(
+        self,
+        model: HRSAM,
+        picture: EncodedPicture,
+        clicks: tuple[Click, ...],
+        box: Box | None,
+        previous: Tensor | None,
+    ) -> History:
+        return self.then(Round(clicks, box, predict_masks(model, picture, clicks, box, previous)[0]))
+
+
+def encode_picture(
+    model: HRSAM, pixels: np.ndarray, side: int = 1024, size: tuple[int, int] | None = None
+) -> EncodedPicture:
     """Encode ``pixels`` (H, W, 3) uint8 RGB with its longest side resized to ``side`` model pixels, padded to a square.
 
+    ``size``: height and width of the original when ``pixels`` are what became of it at :attr:`Frame.resized`.
     Raises ``ValueError`` for anything else.
     """
     if not isinstance(pixels, np.ndarray) or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         what = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise ValueError(f"a picture is an (H, W, 3) uint8 RGB array; got {what}: read files with hrsam.read_image")
     started = time.perf_counter()
-    frame = Frame(pixels.shape[0], pixels.shape[1], side)
+    height, width = size or pixels.shape[:2]
+    frame = Frame(height, width, side)
     config = model.config
     ready = frame.prepare(pixels, config.mean, config.std, bgr=config.bgr, device=model.device)
     embedding = model.encode_normalised([ready])[0]
@@ -152,8 +236,7 @@ class Session:
         self.model = model
         self.side = side
         self._picture: EncodedPicture | None = None
-        self._rounds: tuple[Round, ...] = ()
-        self._undone: tuple[Round, ...] = ()
+        self._history = History()
 
     def set_image(self, pixels: np.ndarray) -> EncodedPicture:
         """Encode ``pixels`` (H, W, 3) uint8 RGB and forget all rounds.  A refused picture changes nothing."""
@@ -162,7 +245,7 @@ class Session:
 
     def set_picture(self, picture: EncodedPicture) -> EncodedPicture:
         """Go on with a picture that is encoded already."""
-        self._picture, self._rounds, self._undone = picture, (), ()
+        self._picture, self._history = picture, History()
         return picture
 
     @property
@@ -174,24 +257,21 @@ class Session:
     @property
     def rounds(self) -> tuple[Round, ...]:
         """The rounds played, oldest first; undone ones are not among them."""
-        return self._rounds
+        return self._history.rounds
 
     @property
     def mask(self) -> np.ndarray:
         """The mask of the last round, (H, W) bool; empty before the first."""
-        frame = self.picture.frame
-        return self._rounds[-1].mask if self._rounds else np.zeros((frame.height, frame.width), dtype=bool)
+        frame, last = self.picture.frame, self._history.last
+        return np.zeros((frame.height, frame.width), dtype=bool) if last is None else last.mask
 
     def click(self, x: float, y: float, positive: bool = True) -> Prediction:
         """Add a click at pixel (x, y) of the original picture: on the object or, ``positive=False``, beside it."""
-        clicks, box, previous = self._prompt()
-        return self._play((*clicks, Click(x, y, positive)), box, previous)
+        return self._played(self._history.click(self.model, self.picture, Click(x, y, positive)))
 
     def box(self, x0: float, y0: float, x1: float, y1: float) -> Prediction:
         """Draw a box around the object, corners in pixels of the original picture; it replaces an earlier box."""
-        frame = self.picture.frame
-        clicks, _, previous = self._prompt()
-        return self._play(clicks, check_box((x0, y0, x1, y1), frame.height, frame.width), previous)
+        return self._played(self._history.box(self.model, self.picture, (x0, y0, x1, y1)))
 
     def refine(self, mask: np.ndarray) -> None:
         """Start from a given mask, (H, W) bool of the picture's size; the next click improves it."""
@@ -199,41 +279,25 @@ class Session:
         mask = np.asarray(mask)
         if mask.shape != (frame.height, frame.width):
             raise ValueError(f"the mask must be {frame.height}x{frame.width} as the picture; got shape {mask.shape}")
-        mask = _read_only(mask.astype(bool))
-        clicks, box, _ = self._prompt()
-        low_res = frame.mask_to_logits(mask, GIVEN_LOGIT)
-        self._rounds += (Round(clicks, box, Prediction(frame, low_res, float("nan"), 0.0), given=mask),)
-        self._undone = ()
+        self._history = self._history.start_from(frame, Mask.of(mask.astype(bool)))
 
     def undo(self) -> Round | None:
         """Take back the last round; returns the one that counts now.  ``ValueError`` when there is none."""
-        if not self._rounds:
-            raise ValueError("there is nothing to undo")
-        self._rounds, self._undone = self._rounds[:-1], (*self._undone, self._rounds[-1])
-        return self._rounds[-1] if self._rounds else None
+        self._history = self._history.undo()
+        return self._history.last
 
     def redo(self) -> Round:
         """Bring back the round undone last.  ``ValueError`` when there is none."""
-        if not self._undone:
-            raise ValueError("there is nothing to redo")
-        self._rounds, self._undone = (*self._rounds, self._undone[-1]), self._undone[:-1]
-        return self._rounds[-1]
+        self._history = self._history.redo()
+        return self._history.rounds[-1]
 
     def clear(self) -> None:
         """Forget all rounds; the picture stays."""
-        self._rounds, self._undone = (), ()
+        self._history = History()
 
-    def _prompt(self) -> tuple[tuple[Click, ...], Box | None, Tensor | None]:
-        if self._picture is None or not self._rounds:
-            return (), None, None
-        last = self._rounds[-1]
-        return last.clicks, last.box, last.prediction.low_res
-
-    def _play(self, clicks: tuple[Click, ...], box: Box | None, previous: Tensor | None) -> Prediction:
-        prediction = predict_masks(self.model, self.picture, clicks, box, previous)[0]
-        self._rounds += (Round(clicks, box, prediction),)
-        self._undone = ()
-        return prediction
+    def _played(self, history: History) -> Prediction:
+        self._history = history
+        return history.rounds[-1].prediction
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

@@ -176,6 +176,7 @@ EXPECTED = {
     "click": {"ours optimized", "ours eager"},
     "scan": {"ours", "ours with one cycle, sequence repeated"},
     "attention": {"ours", "SDPA flash", "SDPA math"},
+    "demo": {"click to mask, through the server", "the same without a server"},
 }
 SKIPPED = {
     "encoder": {"reference flow, mamba scan", "SAM ViT-B (timm)"},
@@ -184,6 +185,7 @@ SKIPPED = {
     "click": set(),
     "scan": {"mamba-ssm, sequence repeated"},
     "attention": {"SDPA cuDNN", "FlexAttention, compiled"},
+    "demo": set(),
 }
 
 

@@ -16,9 +16,13 @@ from PIL import Image
 
 from hrsam import rle
 from hrsam.cli import main
+from hrsam.clicklog import make_log
+from hrsam.cutting import Cutting
+from hrsam.export import write_mask
 from hrsam.images import read_image, read_mask
 from hrsam.models.presets import PRESETS
 from hrsam.predict import cut_out
+from hrsam.pyramid import open_pyramid
 from hrsam.weights import load, save
 from tests.builders import photo, small_model
 
@@ -93,6 +97,91 @@ def test_predict_writes_mask_overlay_and_report(tmp_path, predict, model_file):
     np.testing.assert_array_equal(again.mask, rle.decode(rounds[0]["mask"]))
     with pytest.raises(ValueError, match="nothing to go by"):
         cut_out(load(model_file), PIXELS, [])
+
+
+@pytest.fixture
+def click_log(tmp_path, model_file):
+    """``click_log(**changes)`` writes photo.png and log.json, two objects; returns what was played."""
+
+    def write(**changes):
+        (tmp_path / "photo.png").write_bytes(png(PIXELS))
+        cutting = Cutting(load(model_file), open_pyramid(tmp_path / "photo.png"), 64)
+        for command in (
+            {"do": "click", "object": 1, "x": 30, "y": 20},
+            {"do": "add", "colour": "#00ff00"},
+            {"do": "click", "object": 2, "x": 70, "y": 50},
+            {"do": "click", "object": 1, "x": 5, "y": 5, "positive": False},
+        ):
+            cutting.apply(command)
+        log = json.loads(make_log(cutting, "photo.png", "small").text())
+        (tmp_path / "log.json").write_text(json.dumps({**log, **changes}))
+        return cutting
+
+    return write
+
+
+def test_replay_gives_the_bytes_of_every_mask(tmp_path, predict, click_log):
+    played = click_log()
+    arguments = (
+        "photo.png",
+        "--replay",
+        "log.json",
+        "--out",
+        "mask.png",
+        "--overlay",
+        "seen.png",
+        "--json",
+        "cut.json",
+    )
+    code, out, err = predict(*arguments)
+    assert (code, err) == (0, "")
+    areas = {id: thing.mask.area for id, thing in played.objects.items()}
+    assert out.splitlines() == [f"mask-{id}.png: {area} pixels" for id, area in areas.items()]
+    for id, thing in played.objects.items():
+        file = io.BytesIO()
+        write_mask(file, thing.mask)
+        assert (tmp_path / f"mask-{id}.png").read_bytes() == file.getvalue()
+        np.testing.assert_array_equal(read_mask(tmp_path / f"mask-{id}.png"), thing.mask.array())
+    assert not (tmp_path / "mask.png").exists()
+    drawn = read_image(tmp_path / "seen.png").pixels
+    for thing in played.objects.values():
+        assert (drawn[thing.mask.array()] != PIXELS[thing.mask.array()]).mean() > 0.5
+    report = json.loads((tmp_path / "cut.json").read_text())
+    assert [(o["id"], o["area"], rle.decode(o["mask"]).sum()) for o in report["objects"]] == [
+        (id, area, area) for id, area in areas.items()
+    ]
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert predict(*arguments)[0] == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"format": 9}, (), "log.json: has format 9"),
+        ({"commands": [{"do": "undo", "object": 1}]}, (), "command 1 of the log is refused: there is nothing to undo"),
+        ({}, ("--click", "3,4"), "leave out --click and --box with --replay"),
+        ({}, ("--box", "3,4,5,6"), "leave out --click and --box with --replay"),
+        ({}, ("--replay", "missing.json"), "missing.json: there is no such file"),
+        ({}, ("--out", "mask.jpg"), "end the name in .png"),
+        ({}, ("--json", "log.json"), "it is the photo or another result"),
+        (
+            {},
+            ("--out", "mask.png", "--overlay", "mask-2.png"),
+            "cannot write mask-2.png: it is the photo or another result",
+        ),
+        ({"picture": {"name": "cup.png", "sha256": "0" * 64, "width": 80, "height": 60}}, (), "the log is of cup.png"),
+        ({"model": {"name": "big", "sha256": "0" * 64}}, (), "made with big, weights"),
+    ],
+)
+def test_replay_refuses_in_one_sentence(tmp_path, predict, click_log, changes, arguments, message):
+    click_log(**changes)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    code, out, err = predict("photo.png", "--replay", "log.json", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def kinds():
@@ -248,6 +337,20 @@ def test_doctor(hrsam):
     assert (code, err) == (0, "")
     for part in ("torch", "device c", "cycle scan runs on: ", "hrsam_pp_b"):
         assert part in out
+
+
+def test_demo_opens_the_page_on_what_is_named(tmp_path, hrsam, model_file, monkeypatch):
+    seen = []
+    monkeypatch.setattr("hrsam.demo.open_page", lambda *arguments, **options: seen.append((arguments, options)))
+    (tmp_path / "photos").mkdir()
+    code, out, _ = hrsam(
+        "demo", "photos", "--model", model_file, "--device", "cpu", "--side", 64, "--port", 8400, "--no-browser"
+    )
+    assert (code, out) == (0, "")  # no tour when there are pictures
+    (_, name, pictures), options = seen[0]
+    assert (name, pictures) == (str(model_file), [Path("photos")])
+    assert (options["port"], options["host"], options["side"], options["browser"]) == (8400, "127.0.0.1", 64, False)
+    refused(hrsam("demo", "photos", "--no-serve", "--model", model_file), "got pictures and --no-serve")
 
 
 def test_demo(tmp_path, hrsam, model_file):

@@ -364,7 +364,6 @@ def test_false_colours_show_differences(tmp_path):
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_stages_from_the_shipped_configs(tmp_path, monkeypatch, capsys, whole):
     """Distil, export, tune with clicks, export: the commands of the configs, and the model they give answers clicks."""
-    torch.set_num_threads(2)
     short = [] if whole else ["phases.0.steps=6", "phases.1.steps=2", "log_every=1"]
     steps = 10 if whole else 6
     monkeypatch.chdir(tmp_path)

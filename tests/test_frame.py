@@ -118,6 +118,57 @@ def test_logits_equal_the_definition(frame, monkeypatch):
     np.testing.assert_array_equal(mask, enlarged.numpy() > 0)
 
 
+@pytest.mark.parametrize("frame", [*FRAMES, Frame(700, 900, 1024), Frame(64, 64, 64)])
+def test_rows_are_the_same_to_the_bit_whatever_else_is_asked_for(frame, monkeypatch):
+    logits = torch.from_numpy(RNG.standard_normal(frame.logits_size, dtype=np.float32))
+    whole = frame.logits_to_original(logits).numpy()
+    last = frame.height
+    wanted = [
+        range(last),
+        range(last // 3, last // 3 + 1),
+        range(last // 2, last),
+        range(0, last, 7),
+        range(last - 1, last),
+    ]
+    for band in (1 << 22, 3 * frame.width):
+        monkeypatch.setattr(frame_module, "_BAND", band)
+        for rows in wanted:
+            got = np.empty((len(rows), frame.width), np.float32)
+            for some, part in frame.bands(logits, rows):
+                got[some] = part
+            np.testing.assert_array_equal(got, whole[rows])
+    assert list(frame.bands(logits, range(0))) == []
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_rows_above_hold_all_of_the_mask(frame):
+    for top, bottom in ((0, 1), (1, 2), (0, frame.logits_size[0])):
+        logits = torch.full(frame.logits_size, -1e-3)
+        logits[top:bottom, ::3] = 1e6
+        rows = frame.rows_above(logits)
+        mask = frame.mask_to_original(logits)
+        assert mask.any() or frame.height == 1
+        assert not mask[: rows.start].any()
+        assert not mask[rows.stop :].any()
+    assert len(frame.rows_above(torch.zeros(frame.logits_size))) == 0
+
+
+def test_rows_above_are_few_for_a_low_object():
+    logits = torch.full((256, 256), -1.0)
+    logits[128] = 1
+    rows = Frame(30_000, 30_000, 1024).rows_above(logits)
+    assert rows.start > 14_000
+    assert len(rows) < 400
+
+
+def test_a_picture_that_was_resized_already_is_taken_as_it_is():
+    frame = Frame(97, 131, 60)
+    pixels = RNG.integers(0, 256, (97, 131, 3), dtype=np.uint8)
+    height, width = frame.resized
+    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    assert torch.equal(frame.prepare(small, MEAN, STD), frame.prepare(pixels, MEAN, STD))
+
+
 def test_half_precision_logits_with_gradient():
     frame = Frame(30, 20, 32)
     logits = torch.randn(frame.logits_size, dtype=torch.float16, requires_grad=True)
@@ -163,6 +214,33 @@ def test_mask_logits_are_covered_shares():
     mask[:, :6] = False
     mask[:8, :4] = True
     assert Frame(64, 64, 32).mask_to_logits(mask, 10.0)[:2, :2].tolist() == [[0.0, -10.0], [-10.0, -10.0]]
+
+
+def test_a_thinned_mask_gives_nearly_the_same_logits():
+    frame = Frame(400, 301, 64)
+    y, x = np.ogrid[:400, :301]
+    mask = (x - 150) ** 2 + (y - 200) ** 2 < 120**2
+    whole, thin = frame.mask_to_logits(mask, 8.0), frame.mask_to_logits(mask[::3, ::3], 8.0)
+    assert (whole - thin).abs().max() < 4
+    assert (whole - thin).abs().mean() < 0.2
+    with pytest.raises(ValueError, match="this frame needs bool"):
+        frame.mask_to_logits(mask[::3, ::2], 8.0)
+
+
+@pytest.mark.parametrize("frame", [Frame(400, 300, 256), Frame(60, 80, 512), Frame(250, 250, 250)])
+def test_logits_survive_the_way_in_and_out(frame):
+    y, x = np.mgrid[: frame.height, : frame.width].astype(np.float32)
+    logits = (np.hypot(x - frame.width / 2, y - frame.height / 3) - 25) / 10
+    there = frame.logits_to_model(logits)
+    assert (there.shape, there.dtype) == (frame.logits_size, torch.float32)
+    back = frame.logits_to_original(there).numpy()
+    assert np.abs(back - logits)[4:-4, 4:-4].mean() < 0.01  # a shift by half a cell would be 0.2
+    height, width = (-(-n // 4) for n in frame.resized)
+    assert (there[height:] == -10).all()
+    assert (there[:, width:] == -10).all()
+    for bad in (logits.T if frame.height != frame.width else logits[1:], logits.astype(np.float64)):
+        with pytest.raises(ValueError, match="give float32"):
+            frame.logits_to_model(bad)
 
 
 def test_shrinking_is_opencv_area():

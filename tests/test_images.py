@@ -214,6 +214,18 @@ def test_bands_meet(monkeypatch):
     np.testing.assert_array_equal(read_image(encoded(GREY16)).pixels, grey(np.rint(GREY16 / 257)))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_probe_reads_the_header_alone(tmp_path, kind):
+    data = encoded(RGB, kind)
+    (tmp_path / "picture").write_bytes(data)
+    for source in (data, tmp_path / "picture", str(tmp_path / "picture")):
+        assert images.probe(source) == (kind, 9, 6)
+    for source, message in ((b"", "empty"), (b"<svg/>", "not a JPEG"), (tmp_path / "missing", "no such file")):
+        with pytest.raises(PictureError, match=message):
+            images.probe(source)
+    assert images.probe(png(30_000, 30_000)) == ("PNG", 30_000, 30_000)
+
+
 def test_budget_is_checked_before_decoding():
     bomb = png(30_000, 30_000)  # 900 megapixels in 70 bytes, without a single row: decoding would say "truncated"
     with pytest.raises(PictureError, match=r"30000x30000 is 900 megapixels, the limit is 400; shrink .* max_pixels"):

@@ -15,7 +15,7 @@ ROOT = Path(hrsam.__file__).parents[1]
 # Rooms from the ground up.  A room may import from rows below its own, and from its own files.
 HOUSE = (
     (1, "_compat checkpoint config frame images kernels layout metrics rle"),
-    (1, "losses optim progress"),
+    (1, "losses mask optim progress pyramid"),
     (1, "run"),
     (2, "ops data"),
     (3, "clicks models"),
@@ -26,7 +26,11 @@ HOUSE = (
     (5, "evaluation predictor train"),
     (5, "playing"),
     (5, "release targets"),
-    (6, "bench demo distill doctor predict"),
+    (5, "native"),
+    (5, "cutting"),
+    (5, "clicklog export"),
+    (6, "demo distill doctor predict"),
+    (6, "bench"),
     (6, "evaluate"),
     (6, "runreport"),
     (7, "cli"),

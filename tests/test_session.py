@@ -9,7 +9,7 @@ import torch
 
 from hrsam.clicks import Click
 from hrsam.models.model import HRSAM
-from hrsam.session import EncodedPicture, Session, check_box, encode_picture, parse_box, predict_masks
+from hrsam.session import EncodedPicture, History, Session, check_box, encode_picture, parse_box, predict_masks
 from tests.builders import photo, small_config, small_model
 
 HEIGHT, WIDTH = 90, 120
@@ -109,6 +109,37 @@ def test_undo_and_redo_give_back_the_very_rounds(session):
     with pytest.raises(ValueError, match="nothing to redo"):
         session.redo()
     assert session.rounds == rounds
+
+
+def test_masks_are_kept_as_runs_too(session):
+    given = np.zeros((HEIGHT, WIDTH), bool)
+    given[20:60, 30:90] = True
+    session.click(20, 40)
+    session.refine(given)
+    for played in session.rounds:
+        np.testing.assert_array_equal(played.runs.array(), played.mask)
+        assert played.runs.area == played.mask.sum()
+
+
+def test_a_history_does_not_change(model, encoded):
+    start = History()
+    one = start.click(model, encoded, Click(20, 40))
+    two = one.box(model, encoded, (10, 5, 60, 70))
+    assert (start.rounds, len(one.rounds), len(two.rounds)) == ((), 1, 2)
+    assert two.undo().redo().rounds == two.rounds
+    assert two.undo().undone == (two.last,)
+    assert two.undo().click(model, encoded, Click(50, 40)).undone == ()
+    assert two.rounds[0] is one.last
+    assert start.last is None
+
+
+def test_a_picture_resized_before_is_encoded_for_its_original(model):
+    small = photo(48, 64)
+    picture = encode_picture(model, small, 64, size=(9000, 12_000))
+    assert (picture.frame.height, picture.frame.width) == (9000, 12_000)
+    assert torch.equal(picture.embedding.features, encode_picture(model, small, 64).embedding.features)
+    with pytest.raises(ValueError, match="this frame is for uint8"):
+        encode_picture(model, small, 64, size=(12_000, 9000))
 
 
 def test_a_click_after_undo_starts_from_there_and_ends_redo(model, encoded, session):

@@ -17,7 +17,8 @@ from hrsam.rollout import Rounds
 from hrsam.train import TrainSettings
 from tests.builders import small_config
 
-CLOCK = ("seconds", "waiting", "memory_gib", "images_per_s", "clicks_per_s", "tokens_per_s")  # of a line, not the same in two runs
+# Of a line of the log, not the same in two runs.
+CLOCK = ("seconds", "waiting", "memory_gib", "images_per_s", "clicks_per_s", "tokens_per_s")
 
 
 def write_photos(root):

@@ -1,6 +1,6 @@
 """What each part of a training is worth: runs that differ in one thing, and the NoC of each, as one JSON.
 
-python tools/ablate.py configs/ablation_starter.yaml --davis DIR --hqseg44k DIR --out tools/reports/starter_ablation.json
+python tools/ablate.py tools/ablation_starter.yaml --davis DIR --hqseg44k DIR --out tools/reports/starter_ablation.json
 
 The file names a ``base`` config, ``overrides`` that all runs share, and ``runs`` by name, each with its own ``overrides``.
 ``stage: distill`` makes a run a distillation (of another ``config``), ``after`` names the run whose weights it begins from,

@@ -78,6 +78,27 @@ def neighbours() -> str:
     return "\n".join(lines)
 
 
+def page() -> str:
+    """The click page: speed, load, races, kills, attacks."""
+    report = read("demo")
+    load, races, kills, attacks = (report[name] for name in ("load", "races", "kills", "attacks"))
+    click = next(row for row in report["rows"] if row["name"].startswith("click to mask"))
+    (size,) = report["bytes_of_a_mask"].values()
+    lines = [
+        "| what | found | aim |",
+        "|---|---|---|",
+        f"| click to mask answer, 4096 x 4096 px, starter | {click['median_ms']:.0f} ms | ≤ 300 ms on screen |",
+        f"| KB of that answer, median and largest | {size['median'] / 1000:.0f}, {size['largest'] / 1000:.0f} | ≤ 50 |",
+        f"| 50 sessions, {load['clicks']:,} clicks: errors, wrong masks | {load['errors']}, {load['mismatches']} | 0, 0 |",
+        f"| memory for 1,000 clicks more | {load['slope']:.2f} MB | < 1 MB |",
+        f"| racing clicks, {races['trials']:,} trials: not equal to one serial order | {races['wrong']} | 0 |",
+        f"| kill -9, {kills['rounds']} rounds, {kills['acknowledged']} acknowledged clicks: lost | {kills['lost']} | 0 |",
+        f"| scripted attacks, {attacks['tried']}: not refused | {len(attacks['broken'])} | 0 |",
+    ]
+    measured = made({**report, "device": "a CPU with two cores"})
+    return "\n".join([*lines, "", f"Load and drills with a small random model. {measured}"])
+
+
 def user() -> str:
     """Time of the simulated user and the metric."""
     report, gpu = read("simulated_user_cpu"), read("simulated_user_h100")
@@ -189,6 +210,7 @@ TABLES = {
     "neighbours": neighbours,
     "speed": speed,
     "user": user,
+    "page": page,
     "encoder": encoder,
     "click": click,
     "operations": operations,

@@ -12,6 +12,7 @@ import torch
 
 from hrsam.bench.attention import bench_attention
 from hrsam.bench.click import bench_click
+from hrsam.bench.demo import bench_demo
 from hrsam.bench.encoder import bench_encoder
 from hrsam.bench.packing import bench_packing
 from hrsam.bench.scan import bench_scan
@@ -26,6 +27,7 @@ BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "click": bench_click,
     "scan": bench_scan,
     "attention": bench_attention,
+    "demo": bench_demo,
 }  # name -> function that returns a report
 
 OPTIONS = {"sides": "--side", "presets": "--preset", "peers": "--peers", "dtype": "--dtype"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hrsam.bench.gate import Gate
-from hrsam.bench.timing import ceilings, compare, machine
+from hrsam.bench.timing import Times, ceilings, compare, machine
 
 logger = logging.getLogger("hrsam")
 
@@ -71,6 +71,18 @@ class Record:
         )  # fmt: skip
         for function, why in skipped.items():
             self.skip(f"{function} ({name})", why)
+        self.add(labels, times, baselines=baselines, flops=flops, dtype=dtype)
+
+    def add(
+        self,
+        labels: Mapping[str, Any],
+        times: Mapping[str, Times],
+        *,
+        baselines: Sequence[str] = (),
+        flops: float | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        """Add a row for each of ``times``, which were measured elsewhere; arguments as in :meth:`time`."""
         baseline = next((name for name in baselines if name in times), None)
         ceiling = self.ceilings["bf16_tflops"] if dtype != torch.float32 else None
         for function, t in times.items():

@@ -150,10 +150,11 @@ def compare(
     for _ in range(rounds):
         for name, function in running.items():
             samples[name].append(clock(function))
-    return {name: _summary(values, peaks[name]) for name, values in samples.items()}
+    return {name: summary(values, peaks[name]) for name, values in samples.items()}
 
 
-def _summary(samples: Sequence[float], peak: float | None) -> Times:
+def summary(samples: Sequence[float], peak: float | None = None) -> Times:
+    """Of milliseconds that were measured."""
     low, _, _, high = statistics.quantiles(samples, n=5, method="inclusive")
     return Times(statistics.median(samples), low, high, len(samples), peak)
 

@@ -1,5 +1,6 @@
-"""A first look: the bundled photograph, a few clicks, the overlay."""
+"""A first look: the bundled photograph and a few clicks in a terminal, or any pictures and a page in a browser."""
 
+from hrsam.demo.opening import open_page
 from hrsam.demo.tour import tour
 
-__all__ = ["tour"]
+__all__ = ["open_page", "tour"]
