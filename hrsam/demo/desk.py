@@ -174,10 +174,12 @@ class Desk:
         if view.revision >= MAX_COMMANDS:
             raise Refusal("refused", f"{MAX_COMMANDS} commands are enough for one picture; save it and begin anew")
         encode = self._desks.do_lend(self, cutting) if command.do in ROUNDS and command.do != "given" else 0.0
+        began = time.perf_counter()
         try:
             changed = cutting.apply(command)
         except ValueError as error:
             raise Refusal("refused", str(error)) from None
+        seconds = time.perf_counter() - began if command.do in ROUNDS else 0.0
         try:
             journal.append(command.record(), self._desks.limits.journal_bytes)
         except BaseException as error:
@@ -187,7 +189,6 @@ class Desk:
             raise
         self.view = view = self._seen(cutting, view.pyramid, {**view.versions, changed: cutting.revision})
         removed = changed not in view.objects
-        seconds = 0.0 if removed or command.do not in ROUNDS else view.objects[changed].seconds
         return Done(view, changed, removed=removed, encode=encode, decode=seconds)
 
     def _replayed(self) -> View:

@@ -60,9 +60,7 @@ class Engine:
         self._count = 0
         self._change = threading.Condition()
         self._stopped = False
-        self._threads = (
-            torch.get_num_threads()
-        )  # PyTorch counts them by thread, and their number shows in the last bits
+        self._threads = torch.get_num_threads()  # counted by thread, and their number shows in the last bits
         self._thread = threading.Thread(target=self._loop, name="hrsam-engine", daemon=True)
         self._thread.start()
 
