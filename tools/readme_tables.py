@@ -96,7 +96,9 @@ def page() -> str:
         f"| scripted attacks, {attacks['tried']}: not refused | {len(attacks['broken'])} | 0 |",
     ]
     measured = made({**report, "device": "a CPU with two cores"})
-    return "\n".join([*lines, "", f"Load and drills with a small random model. {measured}"])
+    return "\n".join(
+        [*lines, "", f"Load and drills with a small random model; {'; '.join(report['notes'])}. {measured}"]
+    )
 
 
 def user() -> str:
