@@ -345,6 +345,14 @@ def test_wrong_arguments_and_settings_are_refused(bank):
         PhotoBank.load([], long_side=60)
 
 
+def test_mixed_precision_around_it_changes_no_pixel(bank):
+    plain = draw(bank, 4, 64, copy_paste=1, colour=1, jpeg=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = draw(bank, 4, 64, copy_paste=1, colour=1, jpeg=1)
+    assert torch.equal(batch.pixels, plain.pixels)
+    assert torch.equal(batch.truth, plain.truth)
+
+
 @pytest.mark.gpu
 def test_a_batch_on_the_gpu_never_waits_for_it(bank):
     there, generator = bank.to("cuda"), torch.Generator("cuda").manual_seed(0)

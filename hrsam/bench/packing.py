@@ -17,7 +17,7 @@ from hrsam.bench.record import Record, dtype_of
 from hrsam.models.cost import encode_cost
 from hrsam.models.encoder import Encoder, EncoderConfig
 
-PRESETS, BATCHES = ("hrsam_b", "hrsam_pp_b"), (8, 16)
+PRESETS, BATCHES = ("hrsam_b", "hrsam_pp_b"), (4, 8)
 SIDES, QUICK_SIDES, ASPECTS = (640, 2048), (32, 96), (0.5, 1.0)
 PACKED, NEW, PADDED = "packed", "packed, a new layout each step", "padded to the largest"
 NOTE = (

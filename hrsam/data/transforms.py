@@ -184,7 +184,13 @@ def make_batch(
         raise ValueError(f"got batch={batch}, side={side}; give at least 1 and a positive multiple of 8")
     if generator.device.type != bank.device.type:
         raise ValueError(f"the generator is on {generator.device}, the photos on {bank.device}; give both one device")
-    dice = Dice(generator, batch)
+    with torch.autocast(bank.device.type, enabled=False):  # pixels stay float32 in a training that is not
+        return _compose(bank, batch, side, Dice(generator, batch), settings, photos)
+
+
+def _compose(
+    bank: PhotoBank, batch: int, side: int, dice: Dice, settings: CanvasSettings, photos: Tensor | None
+) -> Batch:
     every = torch.full((batch,), len(bank), device=bank.device)
     photo = dice.below(every) if photos is None else photos.to(bank.device)
     count = bank.count[photo]
