@@ -16,8 +16,9 @@ from hrsam.checkpoint import write_atomically
 from hrsam.clicklog import ClickLog, replay
 from hrsam.clicks import Click
 from hrsam.export import write_mask
-from hrsam.images import overlay, read_image, write_png
+from hrsam.images import read_image, write_png
 from hrsam.models.model import HRSAM
+from hrsam.overlay import overlay
 from hrsam.pyramid import open_pyramid
 from hrsam.session import Box, Session
 

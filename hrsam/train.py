@@ -30,7 +30,6 @@ from hrsam.data.shot import Photo
 from hrsam.data.stream import CanvasBatch, Canvases, Packed, PackedBatch, Source, Stream, StreamSettings, patches
 from hrsam.data.transforms import MEAN, STD, CanvasSettings, Chance, make_batch
 from hrsam.feed import Feed, own_parts
-from hrsam.images import overlay
 from hrsam.loop import Loop, Outcome, Part, accelerator, recompute, seed_of
 from hrsam.models.block import Block, CycleScan
 from hrsam.models.cost import encode_cost
@@ -39,6 +38,7 @@ from hrsam.models.model import HRSAM, Decoded
 from hrsam.models.presets import build
 from hrsam.models.sam_vit import PATCH
 from hrsam.optim import Phase
+from hrsam.overlay import overlay
 from hrsam.rollout import STRIDE, ClickRollout, Rounds, compile_parts
 from hrsam.run import RunSettings
 from hrsam.weights import load

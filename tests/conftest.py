@@ -15,3 +15,24 @@ def nan_in_new_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums of more threads round differently, and small models gain nothing from them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small_preset(one_thread):
+    """The preset ``test``, trained on the CPU: runs are equal to the bit with one number of threads."""
+    from hrsam.models.presets import PRESETS
+    from tests.builders import small_config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "test", small_config)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield

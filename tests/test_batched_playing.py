@@ -18,6 +18,8 @@ from hrsam.playing import play_all
 from hrsam.segmenters import ModelSegmenter, together
 from tests.builders import photo, small_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = [(60, 80), (40, 33), (64, 64), (51, 120), (90, 45)]
 
 
@@ -34,15 +36,6 @@ def make_sample(index, ignore=False):
 
 
 SAMPLES = [make_sample(i, ignore=i in (1, 3)) for i in range(len(SIZES))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model gains nothing from two, and loses much where another process wants the second core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

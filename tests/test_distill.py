@@ -46,6 +46,8 @@ from tests.tiny_training import (
     write_photos,
 )
 
+pytestmark = pytest.mark.usefixtures("small_preset")
+
 CONFIGS = Path(hrsam.__file__).parents[1] / "configs"
 SIDE = 64
 
@@ -97,17 +99,6 @@ def test_cached_targets_are_not_mirrored():
 
 
 # ---------------------------------------------------------------- a run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_preset_on_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "test", small_config)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.page import FLAGS, Demo, Tab, api, photograph, starter
@@ -21,16 +20,10 @@ from tests.page import FLAGS, Demo, Tab, api, photograph, starter
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
 pytest.importorskip("fastapi", reason="needs the extra demo: pip install -e '.[demo]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As many as the server has: sums of more threads round differently."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium"),
+    pytest.mark.usefixtures("one_thread"),  # as many as the server has
+]
 
 
 @pytest.fixture(scope="module")

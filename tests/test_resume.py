@@ -40,6 +40,8 @@ from tests.tiny_training import (
     write_photos,
 )
 
+pytestmark = pytest.mark.usefixtures("small_preset")
+
 STEPS = 12
 
 
@@ -51,18 +53,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bank(folder):
     return PhotoBank.load([folder])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_preset_on_one_thread():
-    """Runs are equal to the bit on one kind of device, with one number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "test", small_config)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
 
 
 def long_run(out, folder, **changes):

@@ -35,6 +35,8 @@ from hrsam.weightfile import save
 from tests.builders import photo, small_model
 from tests.processes import assert_gone
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(targets.__file__).parents[1]
 SIDE = 32
 SIZE = 256 * 2 * 2 * 2  # bytes of a target
@@ -45,14 +47,6 @@ ABOUT = {"licence": "none", "source": "test"}
 def written(path, seed=0):
     save(small_model(anchor_side=None, seed=seed), path, metadata=ABOUT)
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

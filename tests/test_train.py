@@ -24,13 +24,14 @@ from hrsam.data.transforms import make_batch
 from hrsam.loop import Part, seed_of
 from hrsam.models.block import Block
 from hrsam.models.model import HRSAM
-from hrsam.models.presets import PRESETS
 from hrsam.optim import Phase, parameter_groups
 from hrsam.rollout import ClickRollout, Rounds
 from hrsam.train import ClickTask, TrainSettings, fingerprint, load_bank
 from hrsam.weightfile import save
 from tests.builders import small_config
 from tests.tiny_training import assert_same_states, last_state, log_lines, on_batch, settings, write_photos
+
+pytestmark = pytest.mark.usefixtures("small_preset")
 
 GUESSES = "mask_decoder.output_hypernetworks_mlps."  # only the best of them is pulled
 BOXES = "prompt_encoder.point_embeddings."
@@ -44,18 +45,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bank(folder):
     return PhotoBank.load([folder], long_side=64)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_preset_on_one_thread():
-    """Runs are equal to the bit on one kind of device, with one number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "test", small_config)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
 
 
 def no_pieces(loss):

@@ -19,13 +19,14 @@ from hrsam.checkpoint import load_state
 from hrsam.data import stream
 from hrsam.data.packing import UNITS
 from hrsam.data.stream import Source, Stream
-from hrsam.models.presets import PRESETS
 from hrsam.optim import Gradients, Phase
 from hrsam.rollout import ClickRollout
 from hrsam.train import PackedPictures, last_decoded, open_feed, start_model
-from tests.builders import photo, small_config
+from tests.builders import photo
 from tests.test_train import SCRIPT
 from tests.tiny_training import assert_same_logs, assert_same_states, last_state, log_lines, settings
+
+pytestmark = pytest.mark.usefixtures("small_preset")
 
 SIZES = ((40, 64), (64, 30), (50, 50), (33, 90), (64, 64), (20, 100))
 
@@ -44,17 +45,6 @@ def root(tmp_path_factory):
         if number == 1:
             Image.fromarray((~mask).astype(np.uint8) * 255).save(folder / "masks" / "p1_1.png")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_preset_on_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "test", small_config)
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
 
 
 def canvases(out, root, **changes):

@@ -207,6 +207,26 @@ def operations() -> str:
     return "\n".join([*lines, "", *(measured(report) for report in (attention, scan, step))])
 
 
+def training() -> str:
+    """What loading and the simulated user take of a training step, and what packing gains."""
+    step, packing = read("profile_train_gpu"), read("bench_packing_gpu")
+    share = (step["user_ms"] + step["batch_ms"]) / step["step_ms"]
+    lines = [
+        "| training | found | aim |",
+        "|---|---|---|",
+        f"| `{step['preset']}`, {step['batch']} canvases of {step['side']} px, one step | {step['step_ms']:.0f} ms | – |",
+        f"| share of canvases and simulated user | {100 * share:.0f} % | ≤ 10 % |",
+    ]
+    for (preset, pictures), rows in grouped(packing, "preset", "pictures").items():
+        same, new, padded = (rows[n] for n in ("packed", "packed, a new layout each step", "padded to the largest"))
+        lines.append(
+            f"| encoder of `{preset}`, {pictures} packed pictures, × as fast as padded ({padded['pictures_per_s']:.1f} "
+            f"pictures/s): the same layout in every step, a new one | {same['ratio']:.2f}, {new['ratio']:.2f} | ≥ 1.6 |"
+        )
+    found = f"Step measured {step['date']} on {step['device']}, commit {step['commit'][:7]}: `{step['command']}`."
+    return "\n".join([*lines, "", found, measured(packing)])
+
+
 TABLES = {
     "accuracy": accuracy,
     "neighbours": neighbours,
@@ -216,6 +236,7 @@ TABLES = {
     "encoder": encoder,
     "click": click,
     "operations": operations,
+    "training": training,
 }
 
 

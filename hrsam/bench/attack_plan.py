@@ -101,14 +101,14 @@ class Ground:
 
     def message(self, text: str | bytes) -> tuple[int, bytes]:
         """What a WebSocket message is answered with, as if it were HTTP: 400 for an error, 0 when the connection is closed."""
+        from websockets.exceptions import ConnectionClosed
+
         tab = self.us.open(self.desk)
         try:
             tab.socket.send(text)
             header, _ = tab.next()
             return (400 if "error" in header else 200), json.dumps(header).encode()
-        except ConnectionError:
-            raise
-        except Exception:  # closed
+        except ConnectionClosed:
             return 0, b""
         finally:
             tab.close()

@@ -280,6 +280,8 @@ class Kills:
 
 def kills(rounds: int, seed: int = SEED) -> Kills:
     """Start a server, click as fast as it answers, kill -9 it at a random moment, start it again, look for every click."""
+    from websockets.exceptions import ConnectionClosed
+
     rng, found = random.Random(seed), Kills(rounds, 0, 0, 0, 0, 0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -308,7 +310,7 @@ def kills(rounds: int, seed: int = SEED) -> Kills:
                     sent.append(click)
                     try:
                         header, _ = tab.do(**click)
-                    except Exception:  # the socket ends in one of many ways
+                    except (OSError, ConnectionClosed):  # killed
                         break
                     acknowledged = header["revision"]
                     found.acknowledged += 1

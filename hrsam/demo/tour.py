@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hrsam.clicks import Click, next_click
-from hrsam.images import overlay, read_image, read_mask, write_png
+from hrsam.images import read_image, read_mask, write_png
 from hrsam.metrics import iou
 from hrsam.models.model import HRSAM
+from hrsam.overlay import overlay
 from hrsam.session import Session
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from hrsam.images import ClickLike
+from hrsam.overlay import ClickLike
 from hrsam.report.values import Report, iou_table, mean_over_clicks
 
 MISSED = (0, 114, 178)
