@@ -20,16 +20,19 @@ DAMAGED = ".damaged"  # added to the name of a checkpoint that is not as it was 
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> Path:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], mode: int = 0o644) -> Path:
     """Call ``write`` on a temporary file beside ``path``, then put it in place; on any error ``path`` is untouched.
 
-    The file is flushed to the disk before it takes its name, the folder after.
+    The file is flushed to the disk before it takes its name, the folder after.  ``mode``: its permissions, which nobody but
+    the owner has before it is whole.
     """
     path = Path(path)
-    return _write(path.parent, path.name, write, lambda: path)
+    return _write(path.parent, path.name, write, lambda: path, mode)
 
 
-def _write(folder: Path, prefix: str, write: Callable[[BinaryIO], object], target: Callable[[], Path]) -> Path:
+def _write(
+    folder: Path, prefix: str, write: Callable[[BinaryIO], object], target: Callable[[], Path], mode: int = 0o644
+) -> Path:
     """:func:`write_atomically` with a name that is known only when all is written."""
     handle, name = tempfile.mkstemp(dir=folder, prefix=f".{prefix}.", suffix=PART)
     try:
@@ -37,7 +40,7 @@ def _write(folder: Path, prefix: str, write: Callable[[BinaryIO], object], targe
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        os.chmod(name, mode)
         path = target()
         os.replace(name, path)
     except BaseException:

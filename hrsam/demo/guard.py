@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+from hrsam.checkpoint import write_atomically
+
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
@@ -54,12 +56,7 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::(\d{1,5}))?")
 def read_secret(path: Path) -> bytes:
     """32 random bytes that outlive the process, so that a page finds its work again; made when missing."""
     if not path.exists():
-        try:
-            with open(path, "xb") as file:
-                path.chmod(0o600)
-                file.write(secrets.token_bytes(32))
-        except FileExistsError:
-            pass
+        write_atomically(path, lambda file: file.write(secrets.token_bytes(32)), mode=0o600)
     secret = path.read_bytes()
     if len(secret) != 32:
         raise ValueError(f"{path} is damaged; delete it, then open the page with the address that is printed")

@@ -201,7 +201,7 @@ def _desks(app: FastAPI, site: Site) -> None:
     @app.post("/api/desks/{id}/given")
     async def given(request: Request, id: str, object: int) -> JSONResponse:
         _only(request, "application/octet-stream", "image/png")
-        desk = _desk(site, id, _owner(request))
+        desk = await asyncio.to_thread(_desk, site, id, _owner(request))
         body = await _body(request, site.limits.given_bytes, site)
         try:
             loop, scratch = asyncio.get_running_loop(), site.gallery.scratch
