@@ -95,10 +95,8 @@ def page() -> str:
         f"| kill -9, {kills['rounds']} rounds, {kills['acknowledged']} acknowledged clicks: lost | {kills['lost']} | 0 |",
         f"| scripted attacks, {attacks['tried']}: not refused | {len(attacks['broken'])} | 0 |",
     ]
-    measured = made({**report, "device": "a CPU with two cores"})
-    return "\n".join(
-        [*lines, "", f"Load and drills with a small random model; {'; '.join(report['notes'])}. {measured}"]
-    )
+    told = "; ".join(["Load and drills with a small random model", *report["notes"]])
+    return "\n".join([*lines, "", f"{told}. {made({**report, 'device': 'a CPU with two cores'})}"])
 
 
 def user() -> str:
