@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import tempfile
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,6 +59,7 @@ def make_app(site: Site) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         resting = asyncio.create_task(_rest(site))
+        threading.Thread(target=_open_first, args=(site,), name="hrsam-first", daemon=True).start()
         yield
         resting.cancel()
 
@@ -66,6 +68,13 @@ def make_app(site: Site) -> FastAPI:
     _pictures(app, site)
     _desks(app, site)
     return app
+
+
+def _open_first(site: Site) -> None:
+    """The page comes next and shows this picture: decode it meanwhile.  What is wrong with it is told when it is asked for."""
+    with suppress(ValueError, MemoryError):
+        for entry in site.gallery.entries("")[:1]:
+            site.gallery.open(entry)
 
 
 async def _rest(site: Site) -> None:

@@ -331,17 +331,22 @@ $("mask-file").onchange = async ({ target }) => {
 settings.addEventListener("changed", applySettings);
 for (const one of ["stage", "panel"]) new ResizeObserver(resize).observe($(one));
 
+async function learn() {
+  about = await ask("/api/about");
+  gallery.limit = about.limits.upload_bytes;
+  note(about.notes);
+  showNotes(!clicked);
+  refresh();
+}
+
 async function begin() {
   applySettings();
   resize();
   choose("add");
   refresh();
   try {
-    about = await ask("/api/about");
-    gallery.limit = about.limits.upload_bytes;
-    note(about.notes);
-    showNotes(!clicked);
-    if (!(await gallery.load())) $("empty").hidden = false;
+    const [count] = await Promise.all([gallery.load(), learn()]);
+    if (!count) $("empty").hidden = false;
   } catch (error) {
     note([error.message]);
   }
