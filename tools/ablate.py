@@ -4,7 +4,8 @@ python tools/ablate.py tools/ablation_starter.yaml --davis DIR --hqseg44k DIR --
 
 The file names a ``base`` config, ``overrides`` that all runs share, and ``runs`` by name, each with its own ``overrides``.
 ``stage: distill`` makes a run a distillation (of another ``config``), ``after`` names the run whose weights it begins from,
-``of`` one that is measured again, with ``weights: last`` instead of the averaged ones.  A series that was stopped goes on.
+``of`` one that is measured again, with ``weights: last`` instead of the averaged ones.  A series that was stopped goes on;
+runs that the report holds already and that are not asked for again stay in it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ def main() -> None:
     plan = yaml.safe_load(args.plan.read_text("utf-8"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sets = [(kind, root) for kind in DATASETS for root in getattr(args, kind)]
-    rows = []
+    rows = kept(args.out, args.side)
+    source = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {"torch": torch.__version__},
+    }
     for name in args.only or plan["runs"]:
         run = plan["runs"][name]
         home, weights = args.work / slug(run.get("of", name)), args.work / f"{slug(name)}.safetensors"
@@ -57,18 +64,27 @@ def main() -> None:
         release(home, weights, weights=run.get("weights", "average"), dtype="float16")
         seconds = round(time.monotonic() - began, 1)
         curve = [json.loads(line) for line in (home / "log.jsonl").read_text().splitlines()]
-        row = {"name": name, "overrides": overrides, "seconds": seconds, "curve": curve[:: max(1, len(curve) // 40)]}
-        rows.append({**row, "noc": measured(weights, sets, args.side, device)})
-        print(name, json.dumps(rows[-1]["noc"]), flush=True)
-        report = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "versions": {"torch": torch.__version__},
-            "side": args.side,
-            "runs": rows,
+        rows[name] = {
+            "name": name,
+            "overrides": overrides,
+            "seconds": seconds,
+            "curve": curve[:: max(1, len(curve) // 40)],
+            "noc": measured(weights, sets, args.side, device),
+            "source": source,
         }
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(name, json.dumps(rows[name]["noc"]), flush=True)
+        in_order = sorted(rows.values(), key=lambda row: [*plan["runs"]].index(row["name"]))
+        args.out.write_text(json.dumps({"side": args.side, "runs": in_order}, indent=1) + "\n")
+
+
+def kept(report: Path, side: int) -> dict[str, dict[str, Any]]:
+    """Runs of an earlier call by name; ``ValueError`` if they were measured at another side."""
+    if not report.exists():
+        return {}
+    old = json.loads(report.read_text("utf-8"))
+    if old["side"] != side:
+        raise ValueError(f"{report} was measured at side {old['side']}, not {side}; give another --out")
+    return {row["name"]: row for row in old["runs"]}
 
 
 def make(config: Path, stage: str, overrides: list[str]) -> None:

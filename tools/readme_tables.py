@@ -225,6 +225,24 @@ def training() -> str:
     return "\n".join([*lines, "", found, measured(packing)])
 
 
+def ablation() -> str:
+    """Short trainings that differ in one thing."""
+    report = read("starter_ablation")
+    lines = [
+        "| short run | canvases, pictures | IoU@1 | IoU@5 | IoU@20 | NoC@85 | NoC@90 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["runs"]:
+        noc = row["noc"]
+        ious, clicks = (f"{noc[f'iou@{k}']:.3f}" for k in (1, 5, 20)), (f"{noc[f'noc@{q}']:.1f}" for q in (85, 90))
+        lines.append(f"| {row['name']} | {row['curve'][-1]['images']:,} | {' | '.join((*ious, *clicks))} |")
+    samples = {row["noc"]["samples"] for row in report["runs"]}
+    (count,) = samples
+    sources = {row["source"]["command"]: made(row["source"]) for row in report["runs"]}
+    lines += ["", f"Protocol `frozen`, side {report['side']}, {count} objects of all sets together.", *sources.values()]
+    return "\n".join(lines)
+
+
 TABLES = {
     "accuracy": accuracy,
     "neighbours": neighbours,
@@ -235,6 +253,7 @@ TABLES = {
     "click": click,
     "operations": operations,
     "training": training,
+    "ablation": ablation,
 }
 
 
