@@ -7,9 +7,10 @@ only, so it is hashable and index tables can be cached by its value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
+
+from hrsam.tables import as_table, cached, to_device
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ class Layout:
         return self.image_starts if across else self.starts
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def boundaries_on(layout: Layout, across: bool, device: torch.device) -> torch.Tensor:
     """:meth:`Layout.boundaries` as an int32 tensor of length sequences + 1 on ``device``."""
-    return torch.tensor(layout.boundaries(across), dtype=torch.int32, device=device)
+    return to_device([as_table(layout.boundaries(across))], device)[0]
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def token_images(layout: Layout, device: torch.device) -> torch.Tensor:
     """Image index of every token, int64 ``(T,)``."""
-    lengths = torch.tensor(layout.lengths)
-    return torch.repeat_interleave(torch.tensor(layout.images), lengths).to(device)
+    images, lengths = to_device([as_table(layout.images), as_table(layout.lengths)], device)
+    return torch.repeat_interleave(images.long(), lengths, output_size=layout.tokens)

@@ -8,7 +8,7 @@ import torch
 from hrsam.kernels import has_triton
 from hrsam.layout import Layout
 from hrsam.ops import MIXERS
-from hrsam.ops.attend import NOBODY, PADDING, attend, make_plan
+from hrsam.ops.attend import NOBODY, PADDING, attend, lists_of, make_plan
 from hrsam.ops.full import full_plan
 from hrsam.ops.rope import Rope
 from hrsam.ops.window import tile_plan
@@ -65,7 +65,7 @@ def random_plan(seed, tokens=50, device=CPU):
     assert k_tokens.shape == (4, 16)
     assert (k_tokens[0] >= 0).all()
     assert (k_tokens[2] >= 0).all()
-    full, partial = [[0, 2], [2], []], [[1], [0, 1], []]
+    full, partial = lists_of([[0, 2], [2], []]), lists_of([[1], [0, 1], []])
     labels = tuple(torch.randint(0, 3, t.shape, generator=g) for t in (q_tokens, k_tokens))
     places = tuple(torch.randint(0, 9, t.shape, generator=g) for t in (q_tokens, k_tokens))
     return make_plan(
@@ -311,10 +311,17 @@ def test_plans_are_cached_and_refuse_nonsense():
     numbers = (4, 2, 5, 6)
     assert tile_plan(numbers, (16, 16), True, CPU) is tile_plan(numbers, (16, 16), True, CPU)
     rows = torch.tensor([[0, 1], [1, 2]])
+    none, one, two = lists_of([[], []]), lists_of([[0]]), lists_of([[0], [0]])
     with pytest.raises(ValueError, match="two query slots"):
-        make_plan(rows, rows[:1], [[0], [0]], [[], []], tiles=(2, 2), tokens=3, device=CPU)
-    with pytest.raises(ValueError, match="2 query tiles need as many lists"):
-        make_plan(rows, rows[:1], [[0]], [[0]], tiles=(2, 2), tokens=3, device=CPU)
+        make_plan(rows, rows[:1], two, none, tiles=(2, 2), tokens=3, device=CPU)
+    with pytest.raises(ValueError, match="two key slots"):
+        make_plan(rows[:1], rows, one, lists_of([[1]]), tiles=(2, 2), tokens=3, device=CPU)
+    runs = torch.tensor([[2, 2], [0, 2]])  # tokens 2, 3 and 0, 1
+    assert make_plan(runs, runs, two, none, tiles=(2, 2), tokens=4, device=CPU, runs=True).covers
+    with pytest.raises(ValueError, match="two key slots"):
+        make_plan(runs, torch.tensor([[1, 2], [0, 2]]), two, none, tiles=(2, 2), tokens=4, device=CPU, runs=True)
+    with pytest.raises(ValueError, match="2 blocks of query tiles need as many lists"):
+        make_plan(rows, rows[:1], one, one, tiles=(2, 2), tokens=3, device=CPU)
 
 
 def test_user_errors():

@@ -8,7 +8,7 @@ import hrsam
 from hrsam.kernels import has_triton
 from hrsam.models.block import Mlp, linear_gelu
 from hrsam.models.model import HRSAM
-from hrsam.ops import cross
+from hrsam.ops import cross, rope, window
 from hrsam.ops.cross import cross_attention
 
 PLAIN = {"compile": False, "graphs": False}
@@ -174,6 +174,26 @@ def test_graphs_answer_like_the_plain_model(compile):
             want = model.decode(embedding, *prompt).logits
         error = (fast.decode(embedding, *prompt).logits - want).norm() / want.norm()
         assert error < 0.05
+
+
+@pytest.mark.gpu
+def test_graphs_keep_the_tables_that_caches_drop():
+    from hrsam.kernels.cycle_scan import scan_tables
+
+    model = redrawn("hrsam_pp_t").cuda()
+    fast = model.optimize(compile=False)
+    x = model.normalise(picture(128, 192).cuda()).unsqueeze(0)
+    embedding = fast.encode([picture(128, 192).cuda()])[0]
+    prompt = torch.tensor([[[40.0, 50.0]]], device="cuda"), torch.ones(1, 1, dtype=torch.int64, device="cuda")
+    features, logits = fast.encoder(x), fast.decode(embedding, *prompt).logits
+    for built in (scan_tables, window.tile_plan, cross.part_plan, rope.position_turns):
+        built.cache_clear()
+    zeros = [
+        torch.zeros(size, dtype=torch.int32, device="cuda") for size in (32, 128, 512, 2048, 8192) for _ in range(4000)
+    ]
+    assert torch.equal(fast.encoder(x), features)
+    assert torch.equal(fast.decode(embedding, *prompt).logits, logits)
+    del zeros
 
 
 @pytest.mark.gpu

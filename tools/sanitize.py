@@ -25,7 +25,7 @@ import torch
 from hrsam.bench.timing import machine
 from hrsam.checkpoint import write_atomically
 from hrsam.layout import Layout
-from hrsam.ops.attend import NOBODY, attend, make_plan
+from hrsam.ops.attend import NOBODY, attend, lists_of, make_plan
 from hrsam.ops.cross import cross_attention
 from hrsam.ops.cycle_scan import cycle_scan
 from hrsam.ops.distance import squared_distance
@@ -59,7 +59,8 @@ def attention_cases(dtype: torch.dtype) -> None:
     for size in (24, 80, 200):
         labels = tokens // 7, tokens // 7
         plan = make_plan(
-            tokens, tokens, [[], [0], []], [[0, 1], [1], []], tiles=(16, 16), tokens=40, device=DEVICE, labels=labels
+            tokens, tokens, lists_of([[], [0], []]), lists_of([[0, 1], [1], []]), tiles=(16, 16), tokens=40, device=DEVICE,
+            labels=labels,
         )  # fmt: skip
         q, k, v = (drawn(40, 2, channels, dtype=dtype) for channels in (size, size, 20))
         out, lse = attend(q, k, v, plan, bias=drawn(40, 2, dtype=torch.float32), impl="triton")

@@ -6,14 +6,15 @@ Partial sums of the device code are added here by PyTorch, so results are determ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from hrsam.kernels import cycle_scan_device as programs
+from hrsam.tables import as_table, cached, pieces, to_device
 
 CHUNK = 8  # tokens of a chunk of the backward pass; a lane of B3 keeps 5 values a token and channel in registers
 LANES = 64  # channels of a program of B1 and B3, one warp
@@ -34,7 +35,7 @@ def chunk_length(tokens: int) -> int:
     return max(SHORTEST, -(-tokens // CHUNKS))
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def scan_tables(bounds: tuple[int, ...], chunk: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tables for sequences that begin at ``bounds[:-1]``; ``bounds[-1]`` is the number of tokens.
 
@@ -42,12 +43,10 @@ def scan_tables(bounds: tuple[int, ...], chunk: int | None, device: torch.device
     each sequence, with the number of chunks at the end.  ``chunk``: tokens of a chunk, or ``None`` for
     :func:`chunk_length`.
     """
-    chunks, first_chunk = [], [0]
-    for sequence, (start, end) in enumerate(pairwise(bounds)):
-        length = chunk or chunk_length(end - start)
-        chunks += [(first, min(first + length, end), sequence) for first in range(start, end, length)]
-        first_chunk.append(len(chunks))
-    return tuple(torch.tensor(t, dtype=torch.int32, device=device) for t in (chunks, first_chunk))
+    starts, sizes = as_table(bounds), as_table([chunk or chunk_length(end - start) for start, end in pairwise(bounds)])
+    *chunks, first_chunk = pieces(starts[:-1], starts[1:], sizes)
+    chunks, first_chunk = to_device((np.stack(chunks, axis=1), first_chunk), device)
+    return chunks, first_chunk
 
 
 def _rows(x: Tensor) -> Tensor:

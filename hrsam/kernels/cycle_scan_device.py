@@ -325,7 +325,7 @@ def chain_adjoints(
         s = P * s + g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # which packs have any number of
 def gradients(
     w, u, r, B, C, dt_bias, A_log, D, gamma, chunks, entry, prefix, closing, leave, suffix, d_last, d_delta,
     d_u, d_r, d_B, d_C, d_dt_bias, d_A_log, d_D, d_total, tokens,

@@ -21,6 +21,7 @@ from hrsam.kernels import has_triton
 from hrsam.models.decoder import MaskDecoder, TwoWayLayer
 from hrsam.models.encoder import Encoder
 from hrsam.models.prompt import NOBODY, PromptEncoder
+from hrsam.tables import holding
 
 KEPT = 8  # graphs of one function, the least recently used is dropped; each holds the memory of its activations
 
@@ -30,7 +31,7 @@ class Graphed:
 
     def __init__(self, function: Callable[..., Any], kept: int = KEPT):
         self.function, self.kept = function, kept
-        self._graphs: OrderedDict[Any, tuple[Any, list[Tensor | None], Any]] = OrderedDict()
+        self._graphs: OrderedDict[Any, tuple[Any, list[Tensor | None], Any, list[Any]]] = OrderedDict()
         self._lock = threading.Lock()
 
     @torch.no_grad()
@@ -42,7 +43,7 @@ class Graphed:
                 while len(self._graphs) > self.kept:
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
-            graph, inputs, outputs = self._graphs[key]
+            graph, inputs, outputs, _ = self._graphs[key]
             for mine, given in zip(inputs, tensors):
                 if mine is not None and given is not None:
                     mine.copy_(given)
@@ -60,9 +61,9 @@ class Graphed:
                     self.function(*inputs, **options)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with holding() as tables, torch.cuda.graph(graph):
                 outputs = self.function(*inputs, **options)
-        return graph, inputs, outputs
+        return graph, inputs, outputs, tables
 
 
 class FastEncoder(nn.Module):

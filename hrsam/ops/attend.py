@@ -26,18 +26,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from hrsam.kernels import resolve_impl
 from hrsam.ops.rope import turns
+from hrsam.tables import Table, as_table, count_to, pointers, ranges, row_of, to_device
 
 PADDING, NOBODY = -1, -2
+Lists = tuple[Table, Table]  # pointers and entries
+_NO_GROUPS = np.zeros((0, 3), np.int32)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Tiles and lists, int32 tensors on one device.
+    """Tiles and lists, int32 tensors on one device, views of one buffer.
 
     ``q_tokens`` (query tiles, tile_q), ``k_tokens`` (key tiles, tile_k): token numbers; or, with ``runs``, (tiles, 2): first
     token and count of neighbours.  ``q_places``, ``k_places``: rows of the rotary table, as large as the slots; ``q_labels``,
@@ -91,65 +96,53 @@ class Plan:
 
 
 def make_plan(
-    q_tokens: Tensor,
-    k_tokens: Tensor,
-    full: Sequence[Sequence[int]],
-    partial: Sequence[Sequence[int]],
+    q_tokens: ArrayLike,
+    k_tokens: ArrayLike,
+    full: Lists,
+    partial: Lists,
     *,
     tiles: tuple[int, int],
     tokens: int,
     device: torch.device,
-    places: tuple[Tensor, Tensor] | None = None,
-    labels: tuple[Tensor, Tensor] | None = None,
+    blocks: Table | None = None,
+    places: tuple[ArrayLike, ArrayLike] | None = None,
+    labels: tuple[ArrayLike, ArrayLike] | None = None,
     runs: bool = False,
 ) -> Plan:
-    """A plan from its tables on the CPU and, for each query tile, its FULL and PARTIAL key tiles.
+    """A plan from its tables on the CPU and the FULL and PARTIAL key tiles of its blocks.
 
-    Query tiles with long lists are put first, so that no multiprocessor starts one last.
+    ``blocks``: pointers (blocks + 1,) to the query tiles of each block, which all read the same; a tile a block unless given.
+    ``full``, ``partial``: pointers and key tiles for each block, see :mod:`hrsam.tables` and :func:`lists_of`.
+    Blocks with long lists are put first, so that no multiprocessor starts one last.
     Raises ``ValueError`` for tables that do not fit, or a token in two slots of one side.
     """
-    if len(full) != len(q_tokens) or len(partial) != len(q_tokens):
-        raise ValueError(f"{len(q_tokens)} query tiles need as many lists; got {len(full)} and {len(partial)}")
-    work = torch.tensor([len(a) + len(b) for a, b in zip(full, partial)])
-    order = torch.argsort(work, descending=True, stable=True)
-    q_tokens = q_tokens[order]
-    full, partial = ([part[i] for i in order.tolist()] for part in (full, partial))
-    lists = (*_csr(full), *_csr(partial))
-    transposed = (*_csr(_transpose(full, len(k_tokens))), *_csr(_transpose(partial, len(k_tokens))))
-    nothing = torch.zeros(1)
-    q_places, k_places = (places[0][order], places[1]) if places is not None else (nothing, nothing)
-    q_labels, k_labels = (labels[0][order], labels[1]) if labels is not None else (nothing, nothing)
-
-    def ready(table: Tensor) -> Tensor:
-        return table.to(device, torch.int32).contiguous()
-
-    slots = [unrolled(table, size) if runs else table for table, size in zip((q_tokens, k_tokens), tiles)]
-    covers = True
-    for side, table in zip(("query", "key"), slots):
-        real = table[table >= 0]
-        if real.unique().numel() != real.numel():
-            raise ValueError(f"a token stands in two {side} slots of the plan; give each token one slot")
-        covers &= real.numel() == tokens
-    groups, group_keys = ([], 0) if runs else _groups(full, partial, len(k_tokens))
+    q_tokens, k_tokens = as_table(q_tokens), as_table(k_tokens)
+    blocks = count_to(len(q_tokens) + 1) if blocks is None else blocks
+    if not len(full[0]) == len(partial[0]) == len(blocks):
+        raise ValueError(
+            f"{len(blocks) - 1} blocks of query tiles need as many lists; got {len(full[0]) - 1} and {len(partial[0]) - 1}"
+        )
+    unused = np.zeros(1, np.int32)
+    q_places, k_places = (as_table(t) for t in places or (unused, unused))
+    q_labels, k_labels = (as_table(t) for t in labels or (unused, unused))
+    work = np.diff(full[0]) + np.diff(partial[0])
+    if (work[1:] > work[:-1]).any():
+        order = np.argsort(-work, kind="stable")
+        blocks, at = ranges(blocks[:-1][order], np.diff(blocks)[order])
+        q_tokens, q_places, q_labels = (t if t is unused else t[at] for t in (q_tokens, q_places, q_labels))
+        full, partial = _selected(full, order), _selected(partial, order)
+    sides = ("query", q_tokens, tiles[0]), ("key", k_tokens, tiles[1])
+    (asked, _, _), (read, padding, nobody) = (_held(*side, runs, tokens) for side in sides)
+    groups, group_keys = (_NO_GROUPS, 0) if runs else _groups(full, partial, blocks, len(k_tokens))
+    of = row_of(blocks)
+    lists = (*_selected(full, of), *_selected(partial, of))
+    transposed = (*_readers(full, blocks, len(k_tokens)), *_readers(partial, blocks, len(k_tokens)))
+    slots = q_tokens, k_tokens, q_places, k_places, q_labels, k_labels
+    ready = to_device((*slots, *lists, *transposed, groups), device)
     return Plan(
-        tile_q=tiles[0],
-        tile_k=tiles[1],
-        tokens=tokens,
-        runs=runs,
-        q_tokens=ready(q_tokens),
-        k_tokens=ready(k_tokens),
-        q_places=ready(q_places),
-        k_places=ready(k_places),
-        q_labels=ready(q_labels),
-        k_labels=ready(k_labels),
-        lists=tuple(map(ready, lists)),  # type: ignore[arg-type]
-        transposed=tuple(map(ready, transposed)),  # type: ignore[arg-type]
-        groups=ready(torch.tensor(groups).view(-1, 3)),
-        group_keys=group_keys,
-        covers=covers,
-        padded=bool((slots[1] == PADDING).any()),
-        gaps=bool((slots[1] == NOBODY).any()),
-    )
+        *tiles, tokens, runs, *ready[:6], lists=ready[6:10], transposed=ready[10:14], groups=ready[14],  # type: ignore[arg-type]
+        group_keys=group_keys, covers=asked == read == tokens, padded=padding > 0, gaps=nobody > 0,
+    )  # fmt: skip
 
 
 def unrolled(runs: Tensor, tile: int) -> Tensor:
@@ -158,35 +151,57 @@ def unrolled(runs: Tensor, tile: int) -> Tensor:
     return torch.where(steps < runs[:, 1:], runs[:, :1] + steps, NOBODY)
 
 
-def _groups(full, partial, key_tiles: int) -> tuple[list[tuple[int, int, int]], int]:
+def lists_of(rows: Sequence[Sequence[int]]) -> Lists:
+    """Pointers and entries of lists that are written out."""
+    return pointers(as_table([len(row) for row in rows])), as_table([entry for row in rows for entry in row])
+
+
+def _held(side: str, held: Table, tile: int, runs: bool, tokens: int) -> tuple[int, int, int]:
+    """How many slots of a side hold a token, the padding key and nobody; ``ValueError`` if two hold the same token."""
+    if runs:
+        first, count = held[np.argsort(held[:, 0])].T
+        found, padding = int(count.sum()), 0
+        twice = (first[1:] < (first + count)[:-1]).any()
+        nobody = len(held) * tile - found
+    else:
+        times = np.bincount(held.ravel() - NOBODY, minlength=2 + tokens)  # of NOBODY, PADDING, token 0, 1, …
+        nobody, padding = times[:2].tolist()
+        found = held.size - nobody - padding
+        twice = times[2:].max() > 1
+    if twice:
+        raise ValueError(f"a token stands in two {side} slots of the plan; give each token one slot")
+    return found, padding, nobody
+
+
+def _selected(lists: Lists, rows: Table) -> Lists:
+    """The lists of ``rows``."""
+    ptr, entries = lists
+    ptr, at = ranges(ptr[:-1][rows], np.diff(ptr)[rows])
+    return ptr, entries[at]
+
+
+def _readers(lists: Lists, blocks: Table, key_tiles: int) -> Lists:
+    """For each key tile the query tiles of the blocks that list it, ascending."""
+    ptr, entries = lists
+    block = row_of(ptr)[np.argsort(entries, kind="stable")]
+    tiles, readers = ranges(blocks[:-1][block], np.diff(blocks)[block])
+    return tiles[pointers(np.bincount(entries, minlength=key_tiles))], readers
+
+
+def _groups(full: Lists, partial: Lists, blocks: Table, key_tiles: int) -> tuple[Table, int]:
     """Runs of query tiles that read the same few neighbouring key tiles, if all do and none shares with another."""
-    groups: list[tuple[int, int, int]] = []
-    reads = [sorted([*a, *b]) for a, b in zip(full, partial)]
-    size = len(reads[0])
-    if not 1 <= size <= 4 or any(len(r) != size or r[-1] - r[0] != size - 1 for r in reads):
-        return [], 0
-    for tile, read in enumerate(reads):
-        if groups and groups[-1][2] == read[0]:
-            first, count, key = groups[-1]
-            groups[-1] = first, count + 1, key
-        else:
-            groups.append((tile, 1, read[0]))
-    firsts = [key for *_, key in groups]
-    disjoint = firsts == list(range(0, key_tiles, size))
-    return (groups, size) if disjoint else ([], 0)
-
-
-def _csr(lists: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    counts = torch.tensor([0] + [len(part) for part in lists])
-    return counts.cumsum(0), torch.tensor([i for part in lists for i in part], dtype=torch.int64)
-
-
-def _transpose(lists: Sequence[Sequence[int]], columns: int) -> list[list[int]]:
-    turned: list[list[int]] = [[] for _ in range(columns)]
-    for row, part in enumerate(lists):
-        for column in part:
-            turned[column].append(row)
-    return turned
+    work = np.diff(full[0]) + np.diff(partial[0])
+    size = int(work[0])
+    if not 1 <= size <= 4 or (work != size).any():
+        return _NO_GROUPS, 0
+    by_block = np.argsort(np.concatenate((row_of(full[0]), row_of(partial[0]))), kind="stable")
+    reads = np.sort(np.concatenate((full[1], partial[1]))[by_block].reshape(-1, size), axis=1)
+    starts = np.flatnonzero(np.diff(reads[:, 0], prepend=-1))
+    keys = reads[starts, 0]
+    if (reads[:, -1] - reads[:, 0] != size - 1).any() or not np.array_equal(keys, np.arange(0, key_tiles, size)):
+        return _NO_GROUPS, 0
+    firsts = blocks[starts]
+    return np.stack((firsts, np.diff(firsts, append=blocks[-1]), keys), axis=1), size
 
 
 def naive_attend(q, k, v, plan, *, table=None, pad_kv=None, bias=None, scale=None):

@@ -11,39 +11,34 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
+import numpy as np
 import torch
 from torch import Tensor
 
 from hrsam.ops.attend import Plan, make_plan
+from hrsam.tables import cached, count_to, pieces, ranges
 
 PART = 1024  # keys of a part
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def part_plan(images: int, queries: int, keys: int, tiles: tuple[int, int], device: torch.device) -> Plan:
     """Rows of queries: part, image, query; rows of keys: image, key."""
     parts = max(1, keys // PART)
     per_image = -(-keys // tiles[1])
-    q_runs = [
-        ((part * images + image) * queries + first, min(tiles[0], queries - first))
-        for part in range(parts) for image in range(images) for first in range(0, queries, tiles[0])
-    ]  # fmt: skip
-    k_runs = [
-        (image * keys + first, min(tiles[1], keys - first))
-        for image in range(images) for first in range(0, keys, tiles[1])
-    ]  # fmt: skip
-    full: list[list[int]] = []
-    partial: list[list[int]] = []
-    for first, _ in q_runs:
-        part, image = divmod(first // queries, images)
-        mine = range(image * per_image + part * per_image // parts, image * per_image + (part + 1) * per_image // parts)
-        full.append([t for t in mine if k_runs[t][1] == tiles[1]])
-        partial.append([t for t in mine if k_runs[t][1] < tiles[1]])
+    sides = []
+    for sequences, length, tile in ((parts * images, queries, tiles[0]), (images, keys, tiles[1])):
+        starts = count_to(sequences) * length
+        first, end, _, ptr = pieces(starts, starts + length, tile)
+        sides.append((np.stack((first, end - first), axis=1), ptr))
+    (q_runs, blocks), (k_runs, _) = sides
+    part, image = np.divmod(count_to(parts * images), images)
+    begin, stop = part * per_image // parts, (part + 1) * per_image // parts
+    left = (stop * tiles[1] > keys).astype(np.int32)  # the image's last key tile, if it is not whole
+    full = ranges(image * per_image + begin, stop - begin - left)
+    partial = ranges(image * per_image + stop - left, left)
     return make_plan(
-        torch.tensor(q_runs), torch.tensor(k_runs), full, partial, tiles=tiles, tokens=images * keys, device=device,
-        runs=True,
+        q_runs, k_runs, full, partial, tiles=tiles, tokens=images * keys, device=device, blocks=blocks, runs=True
     )  # fmt: skip
 
 

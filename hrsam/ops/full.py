@@ -16,17 +16,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from hrsam.kernels import resolve_impl
 from hrsam.layout import Layout
 from hrsam.ops.attend import Plan, check_heads, make_plan, operator
 from hrsam.ops.rope import Rope, angles, position_table, position_turns, rotate
+from hrsam.tables import as_table, cached, count_to, pieces, ranges
 
 
 def naive_full_attention(q, k, v, layout, *, rope):
@@ -45,7 +47,7 @@ def naive_full_attention(q, k, v, layout, *, rope):
     return torch.cat(out)
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _rotations(layout: Layout, rope: Rope, head_dim: int, device: torch.device, dtype: torch.dtype):
     """cos and sin (T, 1, head_dim / 2) of every token."""
     tables = [position_table(rope, *grid, head_dim, device, dtype) for grid in layout.grids]
@@ -65,32 +67,28 @@ def torch_full_attention(q, k, v, layout, *, rope):
     return torch.cat(out)
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def full_plan(numbers: tuple[int, ...], tiles: tuple[int, int], padded: bool, device: torch.device) -> Plan:
     """The kernel's plan; ``numbers``: for each grid rows, columns and image."""
-    grids, images = tuple(zip(numbers[::3], numbers[1::3])), numbers[2::3]
-    layout = Layout(grids, tuple(images))
-    cols = max(c for _, c in grids)
-    places = torch.cat([(torch.arange(r).unsqueeze(1) * cols + torch.arange(c)).flatten() for r, c in grids])
+    layout = Layout(tuple(zip(numbers[::3], numbers[1::3])), tuple(numbers[2::3]))
+    down, across = (count_to(max(numbers[i::3])) for i in (0, 1))
+    down *= len(across)
+    places = np.empty(layout.tokens + max(tiles), np.int32)
+    for (rows, cols), start in zip(layout.grids, layout.starts):
+        np.add(down[:rows, None], across[:cols], out=places[start : start + rows * cols].reshape(rows, cols))
+    places[layout.tokens :] = places[layout.tokens - 1]  # of slots behind the last token
+    bounds = as_table(layout.image_starts)
     sides = []
     for tile in tiles:
-        runs, owners = [], []
-        for image, (start, end) in enumerate(pairwise(layout.image_starts)):
-            firsts = range(start, end, tile)
-            runs += [(first, min(tile, end - first)) for first in firsts]
-            owners += [image] * len(firsts)
-        table = torch.tensor(runs)
-        slots = (table[:, :1] + torch.arange(tile)).clamp(max=layout.tokens - 1)
-        sides.append((table, owners, places[slots]))
-    (queries, q_owners, q_places), (keys, k_owners, k_places) = sides
-    whole = (keys[:, 1] == tiles[1]).tolist()
-    of_image = [([], []) for _ in range(layout.num_images)]
-    for tile, (owner, is_whole) in enumerate(zip(k_owners, whole)):
-        of_image[owner][0 if is_whole else 1].append(tile)
-    lists = ([of_image[owner][part] for owner in q_owners] for part in (0, 1))
+        first, end, _, ptr = pieces(bounds[:-1], bounds[1:], tile)
+        sides.append((np.stack((first, end - first), axis=1), sliding_window_view(places, tile)[first], ptr))
+    (queries, q_places, blocks), (keys, k_places, ptr) = sides
+    whole = np.diff(bounds) // tiles[1]  # key tiles of each image; there is one more if something is left
+    full, partial = ranges(ptr[:-1], whole), ranges(ptr[:-1] + whole, np.diff(ptr) - whole)
     return make_plan(
-        queries, keys, *lists, tiles=tiles, tokens=layout.tokens, device=device, places=(q_places, k_places), runs=True
-    )
+        queries, keys, full, partial, tiles=tiles, tokens=layout.tokens, device=device, blocks=blocks,
+        places=(q_places, k_places), runs=True,
+    )  # fmt: skip
 
 
 def _turns(numbers, rope, head_dim, device, dtype):

@@ -12,10 +12,11 @@ use window-local positions: one small table serves every window.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from hrsam.tables import cached
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ def turns(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack((cos, sin), dim=-1).flatten(-2).to(kept).contiguous()
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def position_turns(rope: Rope, rows: int, cols: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """:func:`turns` for all positions of a grid in row-major order."""
     return turns(*position_table(rope, rows, cols, head_dim, device, torch.float32), dtype)
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def position_table(rope: Rope, rows: int, cols: int, head_dim: int, device: torch.device, dtype: torch.dtype):
     """``cos`` and ``sin`` (rows · cols, head_dim / 2) for all positions of a grid in row-major order."""
     axes = torch.arange(rows, device=device), torch.arange(cols, device=device)

@@ -25,16 +25,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hrsam.kernels import resolve_impl
 from hrsam.layout import Layout
 from hrsam.ops.attend import NOBODY, PADDING, Plan, check_heads, make_plan, operator
 from hrsam.ops.rope import Rope, angles, position_table, position_turns, rotate
+from hrsam.tables import Table, as_table, cached, count_to, pointers, ranges, row_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def window_tokens(grids: Sequence[tuple[int, int]], window: int, shift: int) -> 
     return found
 
 
-@lru_cache(maxsize=256)
+@cached(256)
 def window_plan(layout: Layout, window: int, shift: int, device: torch.device) -> WindowPlan:
     """Index tables of the plain PyTorch path; cached by value."""
     slots = torch.cat([tokens.flatten() for tokens in window_tokens(layout.grids, window, shift)])
@@ -81,7 +84,89 @@ def window_plan(layout: Layout, window: int, shift: int, device: torch.device) -
     return WindowPlan(slots.clamp(min=0).to(device), is_token.to(device), slot_of_token.to(device))
 
 
-@lru_cache(maxsize=256)
+class _Windows(NamedTuple):
+    """All windows of some grids, one after the other.
+
+    ``ptr`` (grids + 1,): pointers to the windows of each grid.  For each window (windows,): its ``grid``; the token ``base``
+    its first slot would hold if the grid went on there; ``cols`` of its grid; and its ``shape``, a row of ``inside``
+    (shapes, 4): first row, end, first column and end of the tokens in a window.
+    """
+
+    ptr: Table
+    grid: Table
+    base: Table
+    cols: Table
+    shape: Table
+    inside: Table
+
+
+def _windows(rows: Table, cols: Table, window: int, shift: int) -> _Windows:
+    """``rows``, ``cols`` (grids,)."""
+    before = (window - shift) % window
+    down, across = (-(-(side + before) // window) for side in (rows, cols))
+    ptr = pointers(down * across)
+    grid = row_of(ptr)
+    y, x = np.divmod(count_to(len(grid)) - ptr[grid], across[grid])
+    y, x = y * window - before, x * window - before  # outside of the grid where a window begins with padding
+    rows, cols, start = rows[grid], cols[grid], pointers(rows * cols)[grid]
+    sides = [np.maximum(-y, 0), np.minimum(rows - y, window), np.maximum(-x, 0), np.minimum(cols - x, window)]
+    weights = (window + 1) ** np.arange(4)  # one number for the four
+    numbers, shape = np.unique(weights @ np.stack(sides), return_inverse=True)
+    inside = numbers[:, None] // weights % (window + 1)
+    return _Windows(ptr, grid, start + y * cols + x, cols, shape, inside)
+
+
+def _slots(inside: Table, window: int, tokens_first: bool) -> tuple[Table, NDArray[np.bool_]]:
+    """For windows with tokens ``inside`` (shapes, 4): the place, row · ``window`` + column, of each slot and whether it holds a
+    token, both (shapes, window²)."""
+    sub = 8 if window % 8 == 0 else window
+    places = count_to(window * window).reshape(window // sub, sub, window // sub, sub).swapaxes(1, 2).ravel()
+    y, x = places // window, places % window
+    top, bottom, left, right = inside.T[:, :, None]
+    real = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    if not tokens_first:
+        return np.broadcast_to(places, real.shape), real
+    at = np.argsort(~real, axis=1, kind="stable")
+    return places[at], np.take_along_axis(real, at, 1)
+
+
+def _tiled(
+    windows: _Windows, window: int, places: Table, real: NDArray[np.bool_], other: int, tile: int
+) -> tuple[Table, Table, Table]:
+    """Token numbers and places (tiles, ``tile``), and pointers to the tiles of each window.  Slots without a token hold
+    ``other``; tiles of nobody are left out."""
+    shape = len(real), -(-real.shape[1] // tile) * tile
+    limit, spots = np.full(shape, NOBODY, np.int32), np.zeros(shape, np.int32)
+    limit[:, : real.shape[1]] = np.where(real, np.iinfo(np.int32).max, other)  # token numbers are below it
+    np.copyto(spots[:, : real.shape[1]], places, where=limit[:, : real.shape[1]] != NOBODY)
+    used = -(-np.count_nonzero(limit != NOBODY, axis=1) // tile)
+    ptr, rows = ranges(windows.shape * (shape[1] // tile), used[windows.shape])
+    of = row_of(ptr)
+    limit, tokens, spots = (t.reshape(-1, tile).take(rows, axis=0) for t in (limit, spots // window, spots))
+    tokens *= (windows.cols - window)[of, None]
+    tokens += spots
+    tokens += windows.base[of, None]
+    np.minimum(np.maximum(tokens, 0, out=tokens), limit, out=tokens)
+    return tokens, spots, ptr
+
+
+def _bundled(windows: _Windows, bundle: int, tokens: Table, places: Table, tile: int) -> tuple[Table, Table, Table]:
+    """``bundle`` neighbouring windows of a grid in each tile: token numbers, places and labels (tiles, ``tile``), from a row
+    of tokens and places for each window."""
+    bundles = pointers(-(-np.diff(windows.ptr) // bundle))
+    nth = count_to(len(tokens)) - windows.ptr[windows.grid]  # of its grid
+    held = tokens != NOBODY
+    counts = np.bincount(bundles[windows.grid] + nth // bundle, weights=np.count_nonzero(held, axis=1))
+    taken = count_to(tile) < counts[:, None]
+    labels = np.broadcast_to(nth[:, None] % bundle, tokens.shape)
+    found = []
+    for values, fill in ((tokens, NOBODY), (places, 0), (labels, 0)):
+        found.append(np.full(taken.shape, fill, np.int32))
+        found[-1][taken] = values[held]
+    return found[0], found[1], found[2]
+
+
+@cached(256)
 def tile_plan(numbers: tuple[int, ...], tiles: tuple[int, int], padded: bool, device: torch.device) -> Plan:
     """The kernel's plan; ``numbers``: window, shift, then rows and columns of each grid.
 
@@ -89,44 +174,31 @@ def tile_plan(numbers: tuple[int, ...], tiles: tuple[int, int], padded: bool, de
     tokens or padding; padding stands last.  Windows smaller than a tile share it, told apart by labels, but never with
     another grid's.
     """
-    window, shift, *sides = numbers
-    size = window * window
-    sub = 8 if window % 8 == 0 else window
-    order = torch.arange(size).view(window // sub, sub, window // sub, sub).transpose(1, 2).flatten()
-    bundle = max(1, min(tiles) // size)
-    rows: dict[str, list[Tensor]] = {f"{side}_{what}": [] for side in "qk" for what in ("tokens", "places", "labels")}
-    full: list[list[int]] = []
-    partial: list[list[int]] = []
-    key_tiles = 0
-    for tokens in window_tokens(list(zip(sides[::2], sides[1::2])), window, shift):
-        tokens = tokens.flatten(1)[:, order]
-        for first in range(0, len(tokens), bundle):
-            slots = tokens[first : first + bundle]
-            real = slots >= 0
-            labels = torch.arange(len(slots)).unsqueeze(1).expand_as(slots)
-            places = order.expand_as(slots)
-            if bundle == 1:  # tokens first, padding last
-                last = torch.argsort(real.int(), dim=1, descending=True, stable=True)
-                slots, real, places = (t.gather(1, last) for t in (slots, real, places))
-            keys = torch.ones_like(real) if padded else real
-            for name, kept, tile in (("q", real, tiles[0]), ("k", keys, tiles[1])):
-                for what, values, fill in (("tokens", slots, NOBODY), ("places", places, 0), ("labels", labels, 0)):
-                    rows[f"{name}_{what}"].append(_in_tiles(values[kept], tile, fill))
-            new = rows["k_tokens"][-1]
-            whole = ((new >= 0).all(1) & (bundle == 1)).tolist()
-            full += [[key_tiles + i for i, w in enumerate(whole) if w]] * len(rows["q_tokens"][-1])
-            partial += [[key_tiles + i for i, w in enumerate(whole) if not w]] * len(rows["q_tokens"][-1])
-            key_tiles += len(new)
-    table = {name: torch.cat(parts) for name, parts in rows.items()}
+    window, shift, *grids = numbers
+    rows, cols = as_table(grids).reshape(-1, 2).T
+    windows = _windows(rows, cols, window, shift)
+    bundle = max(1, min(tiles) // window**2)
+    places, real = _slots(windows.inside, window, tokens_first=bundle == 1)
+    others = NOBODY, PADDING if padded else NOBODY
+    sides = [
+        _tiled(windows, window, places, real, other, tile if bundle == 1 else window**2)
+        for other, tile in zip(others, tiles)
+    ]
+    if bundle == 1:
+        (q_tokens, q_places, blocks), (k_tokens, k_places, ptr) = sides
+        labels = None
+        whole = (np.count_nonzero(real, axis=1) // tiles[1])[windows.shape]
+        full, partial = ranges(ptr[:-1], whole), ranges(ptr[:-1] + whole, np.diff(ptr) - whole)
+    else:
+        (q_tokens, q_places, q_labels), (k_tokens, k_places, k_labels) = (
+            _bundled(windows, bundle, *side[:2], tile) for side, tile in zip(sides, tiles)
+        )
+        blocks, labels = None, (q_labels, k_labels)
+        full, partial = (ranges(count_to(len(q_tokens)), np.full(len(q_tokens), n)) for n in (0, 1))
     return make_plan(
-        table["q_tokens"], table["k_tokens"], full, partial, tiles=tiles, device=device,
-        tokens=sum(r * c for r, c in zip(sides[::2], sides[1::2])), places=(table["q_places"], table["k_places"]),
-        labels=(table["q_labels"], table["k_labels"]) if bundle > 1 else None,
+        q_tokens, k_tokens, full, partial, tiles=tiles, tokens=int((rows * cols).sum()), device=device, blocks=blocks,
+        places=(q_places, k_places), labels=labels,
     )  # fmt: skip
-
-
-def _in_tiles(values: Tensor, tile: int, fill: int) -> Tensor:
-    return F.pad(values, (0, -len(values) % tile), value=fill).view(-1, tile)
 
 
 def _turns(numbers, rope, head_dim, device, dtype):
