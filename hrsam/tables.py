@@ -23,6 +23,7 @@ ALIGNMENT = 4  # elements: 16 bytes
 P = ParamSpec("P")
 R = TypeVar("R")
 _HOLDERS: list[list[Any]] = []
+_FORGET: list[Callable[[], None]] = []
 
 
 def cached(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -39,10 +40,16 @@ def cached(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     held.append(found)
             return found
 
-        vars(tables)["cache_clear"] = remembered.cache_clear
+        _FORGET.append(remembered.cache_clear)
         return tables
 
     return decorate
+
+
+def forget() -> None:
+    """Empty the caches of all :func:`cached` functions, as if no layout had been seen."""
+    for clear in _FORGET:
+        clear()
 
 
 @contextmanager

@@ -8,8 +8,9 @@ import hrsam
 from hrsam.kernels import has_triton
 from hrsam.models.block import Mlp, linear_gelu
 from hrsam.models.model import HRSAM
-from hrsam.ops import cross, rope, window
+from hrsam.ops import cross
 from hrsam.ops.cross import cross_attention
+from hrsam.tables import forget
 
 PLAIN = {"compile": False, "graphs": False}
 
@@ -147,12 +148,12 @@ def test_what_cannot_be_optimized(model):
 @pytest.mark.parametrize(("images", "queries", "keys"), [(1, 5, 300), (2, 20, 333), (1, 70, 90)])
 def test_attention_in_parts(images, queries, keys, monkeypatch):
     monkeypatch.setattr(cross, "PART", 100)
-    cross.part_plan.cache_clear()
+    forget()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(images, 2, n, 16, generator=g).to(device) for n in (queries, keys, keys))
     torch.testing.assert_close(cross_attention(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=1e-5, atol=1e-5)
-    cross.part_plan.cache_clear()
+    forget()
 
 
 @pytest.mark.gpu
@@ -178,16 +179,13 @@ def test_graphs_answer_like_the_plain_model(compile):
 
 @pytest.mark.gpu
 def test_graphs_keep_the_tables_that_caches_drop():
-    from hrsam.kernels.cycle_scan import scan_tables
-
     model = redrawn("hrsam_pp_t").cuda()
     fast = model.optimize(compile=False)
     x = model.normalise(picture(128, 192).cuda()).unsqueeze(0)
     embedding = fast.encode([picture(128, 192).cuda()])[0]
     prompt = torch.tensor([[[40.0, 50.0]]], device="cuda"), torch.ones(1, 1, dtype=torch.int64, device="cuda")
     features, logits = fast.encoder(x), fast.decode(embedding, *prompt).logits
-    for built in (scan_tables, window.tile_plan, cross.part_plan, rope.position_turns):
-        built.cache_clear()
+    forget()
     zeros = [
         torch.zeros(size, dtype=torch.int32, device="cuda") for size in (32, 128, 512, 2048, 8192) for _ in range(4000)
     ]

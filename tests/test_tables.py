@@ -14,7 +14,7 @@ from hrsam.ops.attend import NOBODY, PADDING, lists_of, make_plan
 from hrsam.ops.cross import PART, part_plan
 from hrsam.ops.full import full_plan
 from hrsam.ops.window import tile_plan
-from hrsam.tables import as_table, cached, holding, pieces, pointers, ranges, row_of, to_device
+from hrsam.tables import as_table, cached, forget, holding, pieces, pointers, ranges, row_of, to_device
 
 CPU = torch.device("cpu")
 TILES = [(64, 64), (128, 64), (64, 32), (32, 64), (32, 32), (16, 16)]
@@ -329,6 +329,8 @@ def test_a_table_lives_as_long_as_whoever_holds_it():
         with holding() as inner:
             second = build(2)  # which takes the place of the first
     assert build(2) is second
+    forget()
+    assert build(2) is not second
     assert [id(table) for table in outer] == [id(first), id(first), id(second)]
     assert [id(table) for table in inner] == [id(second)]
     gone = weakref.ref(first)
