@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -211,12 +211,45 @@ def _settle(region: np.ndarray, pixels: np.ndarray, squared: int) -> tuple[int, 
         squared += 1
 
 
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Chance for the rows of a batch: the first ``rows[0]`` of them draw from ``generators[0]``, and so on.
+
+    What a row draws depends on its generator's rows only, not on what else is in the batch.
+    """
+
+    generators: Sequence[torch.Generator]
+    rows: Sequence[int]
+
+    def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(rows of all, *shape) in [0, 1)."""
+        return self._each(torch.rand, shape, dtype)
+
+    def normal(self, *shape: int) -> Tensor:
+        """(rows of all, *shape) float32 of mean 0 and variance 1."""
+        return self._each(torch.randn, shape, torch.float32)
+
+    def _each(self, draw: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        drawn = [
+            draw(rows, *shape, dtype=dtype, device=generator.device, generator=generator)
+            for generator, rows in zip(self.generators, self.rows)
+        ]
+        return torch.cat(drawn) if len(drawn) > 1 else drawn[0]
+
+
 def simulate_clicks(
-    truth: Tensor, mask: Tensor, generator: torch.Generator, *, spread: float | Tensor
+    truth: Tensor,
+    mask: Tensor,
+    generator: torch.Generator | Draws,
+    *,
+    spread: float | Tensor,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The simulated user for a batch, on its device and without waiting for it; for training.
 
-    ``truth``, ``mask`` (B, H, W) bool at a reduced size; ``generator`` on their device.  Of missed object and extra
+    ``truth``, ``mask`` (B, H, W) bool at a reduced size; ``generator`` on their device, or :class:`Draws` of the B rows.
+    ``real`` (B, H, W) bool: where the pictures are, a rectangle at the top left each; the rest is padding, which is outside
+    as what lies beyond the edge is, so that a picture gets the click it gets without padding.  Of missed object and extra
     mask the one with the greater distance D to its boundary is clicked (extra if equal), at a pixel drawn uniformly
     among those with distance >= D / ``spread``; 1 means the deepest only.  ``spread`` >= 1: a number or a tensor (B,).
     To make earlier clicks holes, as the rules of :func:`next_click` do, set ``mask`` equal to ``truth`` there.
@@ -232,6 +265,9 @@ def simulate_clicks(
         )
     if not isinstance(spread, Tensor) and spread < 1:
         raise ValueError(f"spread must be at least 1; got {spread}")
+    if real is not None:
+        _check_real(real, truth)
+        truth, mask = truth & real, mask & real
     squared = squared_distance(torch.stack((truth & ~mask, mask & ~truth)), impl="torch").flatten(2)
     missed, extra = squared.amax(2)
     any_wrong = torch.maximum(missed, extra) > 0
@@ -241,32 +277,57 @@ def simulate_clicks(
     least = (torch.maximum(missed, extra) / spread**2 * (1 - 5e-7)).ceil().clamp(min=1)
     wrong = torch.where(positive.unsqueeze(1), squared[0], squared[1]) >= least.unsqueeze(1)
     harmless = truth.flatten(1) == some_object.unsqueeze(1)
+    if real is not None:
+        harmless &= real.flatten(1)
     candidates = torch.where(any_wrong.unsqueeze(1), wrong, harmless)
-    return _draw(candidates, 1, generator, truth.shape[2]).squeeze(1), positive, any_wrong
+    return _draw(candidates, 1, _draws(generator, len(truth)), truth.shape[2]).squeeze(1), positive, any_wrong
 
 
 def random_clicks(
-    truth: Tensor, n: int, generator: torch.Generator, *, positive_share: float = 0.6
+    truth: Tensor,
+    n: int,
+    generator: torch.Generator | Draws,
+    *,
+    positive_share: float = 0.6,
+    real: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``n`` clicks a picture at once, each positive with probability ``positive_share``; for training.
 
-    ``truth`` (B, H, W) bool, ``generator`` on its device -> ``xy`` (B, n, 2) float32 pixel indices, ``positive`` (B, n)
-    bool.  Positive clicks are uniform in the object, negative ones outside, independently (repeats are possible).
-    Where there is no object all are negative, where there is nothing else all are positive.
+    ``truth`` (B, H, W) bool, ``generator`` and ``real`` as in :func:`simulate_clicks` -> ``xy`` (B, n, 2) float32 pixel
+    indices, ``positive`` (B, n) bool.  Positive clicks are uniform in the object, negative ones outside of it,
+    independently (repeats are possible).  Where there is no object all are negative, where there is nothing else all are
+    positive.
     """
     if truth.dtype != torch.bool or truth.ndim != 3:
         raise ValueError(f"truth must be a bool tensor (B, H, W); got {truth.dtype} {tuple(truth.shape)}")
-    inside = truth.flatten(1)
-    wanted = torch.rand(len(truth), n, device=truth.device, generator=generator) < positive_share
-    positive = (wanted & inside.any(1, keepdim=True)) | inside.all(1, keepdim=True)
-    hits, misses = (_draw(candidates, n, generator, truth.shape[2]) for candidates in (inside, ~inside))
+    inside, outside = truth, ~truth
+    if real is not None:
+        _check_real(real, truth)
+        inside, outside = inside & real, outside & real
+    inside, outside = inside.flatten(1), outside.flatten(1)
+    draws = _draws(generator, len(truth))
+    wanted = draws.uniform(n) < positive_share
+    positive = (wanted & inside.any(1, keepdim=True)) | ~outside.any(1, keepdim=True)
+    hits, misses = (_draw(candidates, n, draws, truth.shape[2]) for candidates in (inside, outside))
     return torch.where(positive.unsqueeze(2), hits, misses), positive
 
 
-def _draw(candidates: Tensor, n: int, generator: torch.Generator, width: int) -> Tensor:
+def _check_real(real: Tensor, truth: Tensor) -> None:
+    if real.dtype != torch.bool or real.shape != truth.shape:
+        raise ValueError(f"real must be bool {tuple(truth.shape)} as truth; got {real.dtype} {tuple(real.shape)}")
+
+
+def _draws(generator: torch.Generator | Draws, rows: int) -> Draws:
+    if not isinstance(generator, Draws):
+        return Draws((generator,), (rows,))
+    if sum(generator.rows) != rows:
+        raise ValueError(f"a batch of {rows} needs as many draws; got {sum(generator.rows)}")
+    return generator
+
+
+def _draw(candidates: Tensor, n: int, draws: Draws, width: int) -> Tensor:
     """``n`` uniform draws a row from the True of ``candidates`` (B, H·W) -> xy (B, n, 2); (0, 0) for a row without."""
     rank = candidates.cumsum(1, dtype=torch.int32)
     count = rank[:, -1:]
-    draw = torch.rand(len(rank), n, device=rank.device, dtype=torch.float64, generator=generator)
-    index = torch.searchsorted(rank, torch.minimum((draw * count).int() + 1, count))
+    index = torch.searchsorted(rank, torch.minimum((draws.uniform(n, dtype=torch.float64) * count).int() + 1, count))
     return torch.stack((index % width, index.div(width, rounding_mode="floor")), dim=2).float()

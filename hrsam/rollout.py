@@ -1,9 +1,9 @@
 """Rounds of simulated clicks with a loss: what one training step computes.
 
-A step encodes a batch of canvases, or a pack of pictures of different sizes, once and plays a few rounds with the objects of
-each: predict, let the simulated user place the next click on the largest error, predict again with the earlier logits fed
-back.  The loss of a round is normalized focal plus Dice at the picture's resolution; the first round also trains SAM's three
-guesses (only the best one is pulled) and every round trains the predicted IoU.
+A step encodes a batch of canvases, or a pack of pictures of different sizes, once and plays a few rounds with all their objects
+together: predict, let the simulated user place the next click on the largest error, predict again with the earlier logits
+fed back.  The loss of a round is normalized focal plus Dice at the picture's resolution; the first round also trains
+SAM's three guesses (only the best one is pulled) and every round trains the predicted IoU.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hrsam.clicks import random_clicks, simulate_clicks
+from hrsam.clicks import Draws, random_clicks, simulate_clicks
 from hrsam.config import Settings
 from hrsam.losses import dice_loss, iou_target, normalized_focal_loss, weighted_sum
 from hrsam.models.encoder import Encoder
-from hrsam.models.model import HRSAM, Embedding
+from hrsam.models.model import HRSAM, Embedding, within
 
 STRIDE = 4  # mask logits, and the clicks of the simulated user in training, live at a quarter of the canvas
 PATCH = 16  # pixels of a cell of the encoder's map
@@ -74,14 +74,27 @@ class _Course:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
-    """Rows of a batch whose clicks are drawn by one ``generator``, in a top left window of (``rows``, ``cols``) stride-4 cells:
-    the objects of one picture without its padding, or all of a batch of canvases."""
+class _Game:
+    """What stays the same in all rounds for N objects of pictures on maps of one size, (h, w) cells.
 
-    count: int
-    rows: int
-    cols: int
-    generator: torch.Generator
+    ``truth`` (N, 16h, 16w) and ``small`` (N, 4h, 4w) bool, the object in pixels and in stride-4 cells; ``valid`` and ``real``:
+    where these two are no padding, None for everywhere; ``draws``: chance of the N.
+    """
+
+    embedding: Embedding
+    truth: Tensor
+    small: Tensor
+    valid: Tensor | None
+    real: Tensor | None
+    draws: Draws
+
+    @classmethod
+    def of(cls, embedding: Embedding, truth: Tensor, valid: Tensor | None, draws: Draws) -> _Game:
+        small = F.max_pool2d(truth.unsqueeze(1).float(), STRIDE).squeeze(1) > 0
+        inner = F.avg_pool2d(truth.unsqueeze(1).float(), STRIDE).squeeze(1) > 0.5
+        small = torch.where(inner.flatten(1).any(1).view(-1, 1, 1), inner, small)
+        real = None if valid is None else F.max_pool2d(valid.unsqueeze(1).float(), STRIDE).squeeze(1) > 0
+        return cls(embedding, truth, small, valid, real, draws)
 
 
 class ClickRollout(nn.Module):
@@ -101,7 +114,9 @@ class ClickRollout(nn.Module):
         features = self.model.encoder(pixels).repeat_interleave(truth.shape[1], dim=0)
         truth = truth.flatten(0, 1)
         course = _Course.drawn(self.rounds, plan)
-        losses, ious = self._play(features, truth, None, [_part(truth, generator)], course)
+        positions = self.model.prompt_encoder.dense_positions((features.shape[2], features.shape[3]))
+        draws = Draws((generator,), (len(truth),))
+        losses, ious = self._play(_Game.of(Embedding(features, positions), truth, None, draws), course)
         return losses.mean(), ious.mean(1)
 
     def packed(
@@ -120,99 +135,87 @@ class ClickRollout(nn.Module):
         same state for all packs of a step.  The anchor map has the side it has when the model is used.
 
         Returns the weighted sum, over objects, of the loss averaged over rounds, and the mean IoU of each round with a loss.
-        Both are exact: the encoder sees all pictures as one packed sequence, the decoder those of one grid together, padding
-        is neither clicked nor counted, and what a picture draws does not depend on what is beside it.  So packs add up to the
-        loss of the step, however it is cut.  Raises ``ValueError`` for lists of different lengths and truths that do not fit.
+        Both are exact: the encoder sees all pictures as one packed sequence; the decoder takes them as one batch, padded to the
+        largest grid; padding is neither read nor clicked nor counted, and what a picture draws does not depend on what is
+        beside it.  So packs add up to the loss of the step, however it is cut.  The rounds never wait for the device.  Raises
+        ``ValueError`` for lists of different lengths and truths that do not fit.
         """
         _check_pack(pictures, truths, weights, generators)
         encoder = self.model.encoder
         if not isinstance(encoder, Encoder):
             raise ValueError("SAM's encoder takes squares of one size only; train it on canvases")
         encoder.anchor_side = encoder.config.anchor_side
-        padded = [F.pad(picture, (0, -picture.shape[2] % PATCH, 0, -picture.shape[1] % PATCH)) for picture in pictures]
-        features = encoder.forward_packed(padded, generators)
-        course = _Course.drawn(self.rounds, plan)
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for index, picture in enumerate(padded):
-            alike.setdefault(tuple(picture.shape[1:]), []).append(index)
-        losses, reached, counted = [], [], []
-        for (height, width), indices in alike.items():
-            truth = torch.cat([_padded(truths[i], height, width) for i in indices])
-            valid = None
-            if any(truths[i].shape[1:] != (height, width) for i in indices):
-                valid = torch.cat([_padded(torch.ones_like(truths[i]), height, width) for i in indices])
-            counts = [len(truths[i]) for i in indices]
-            each = torch.cat([features[i].expand(n, -1, -1, -1) for i, n in zip(indices, counts)])
-            parts = [_part(truths[i], generators[i]) for i in indices]
-            loss, iou = self._play(each, truth, valid, parts, course)
-            losses.append(loss.mean(0))
-            reached.append(iou)
-            counted += [weights[i] for i, n in zip(indices, counts) for _ in range(n)]
-        return weighted_sum(torch.cat(losses), counted), torch.cat(reached, dim=1).mean(1)
+        whole = [_padded(p, -(-p.shape[1] // PATCH) * PATCH, -(-p.shape[2] // PATCH) * PATCH) for p in pictures]
+        maps = encoder.forward_packed(whole, generators)
+        losses, ious = self._play(self._side_by_side(maps, truths, generators), _Course.drawn(self.rounds, plan))
+        counted = [weight for weight, truth in zip(weights, truths) for _ in truth]
+        return weighted_sum(losses.mean(0), _there(counted, losses.dtype, losses.device)), ious.mean(1)
+
+    def _side_by_side(
+        self, maps: Sequence[Tensor], truths: Sequence[Tensor], generators: Sequence[torch.Generator]
+    ) -> _Game:
+        """All pictures of a pack in one game: ``maps`` (C, hi, wi), ``truths`` (Ki, Hi, Wi)."""
+        counts, device = [len(truth) for truth in truths], truths[0].device
+        grids = [(m.shape[1], m.shape[2]) for m in maps]
+        rows, cols = (max(sides) for sides in zip(*grids))
+        height, width = PATCH * rows, PATCH * cols
+        features = torch.cat([_padded(m, rows, cols).expand(n, -1, -1, -1) for m, n in zip(maps, counts)])
+        truth = torch.cat([_padded(t, height, width) for t in truths])
+        sides = [(*grid, *t.shape[1:]) for grid, t in zip(grids, truths) for _ in t]
+        table = _there(sides, torch.int64, device)
+        codes = {grid: self.model.prompt_encoder.dense_positions(grid) for grid in dict.fromkeys(grids)}
+        if len(codes) == 1:
+            embedding = Embedding(features, codes[rows, cols])
+        else:
+            positions = [_padded(codes[grid], rows, cols).expand(n, -1, -1, -1) for grid, n in zip(grids, counts)]
+            embedding = Embedding(features, torch.cat(positions), table[:, :2])
+        whole = all(t.shape[1:] == (height, width) for t in truths)
+        valid = None if whole else within(table[:, 2:], height, width)
+        return _Game.of(embedding, truth, valid, Draws(generators, counts))
 
     def set_side(self, side: int) -> None:
         halve_anchor(self.model.encoder, side)
 
-    def _play(
-        self, features: Tensor, truth: Tensor, valid: Tensor | None, parts: Sequence[_Part], course: _Course
-    ) -> tuple[Tensor, Tensor]:
-        """Rounds for objects of one grid: ``features`` (N, C, h, w), ``truth`` and ``valid`` (N, 16h, 16w), ``parts`` of the N.
-
-        Returns loss and IoU, (rounds with a loss, N).
-        """
-        embedding = Embedding(
-            features, self.model.prompt_encoder.dense_positions((features.shape[2], features.shape[3]))
-        )
-        small = F.max_pool2d(truth.unsqueeze(1).float(), STRIDE).squeeze(1) > 0
-        inner = F.avg_pool2d(truth.unsqueeze(1).float(), STRIDE).squeeze(1) > 0.5
-        small = torch.where(inner.flatten(1).any(1).view(-1, 1, 1), inner, small)
-        real = None if valid is None else F.max_pool2d(valid.unsqueeze(1).float(), STRIDE).squeeze(1) > 0
-
-        points, labels, box = self._start(small, parts, course.start)
+    def _play(self, game: _Game, course: _Course) -> tuple[Tensor, Tensor]:
+        """Loss and IoU, (rounds with a loss, N)."""
+        points, labels, box = self._start(game, course.start)
         previous: Tensor | None = None
         losses, ious = [], []
         for index, trained in enumerate(course.trained):
-            first = index == 0
+            masks = (0, 1, 2, 3) if index == 0 else (0,)
             with torch.set_grad_enabled(trained):
-                out = self.model.decode(embedding, points, labels, box, previous, masks=(0, 1, 2, 3) if first else (0,))
+                out = self.model.decode(game.embedding, points, labels, box, previous, masks=masks)
                 if trained:
                     loss, iou = _mask_loss(
-                        out.logits, out.iou, truth, small, valid, real, self.rounds.guess_weight, self.rounds.iou_weight
-                    )
+                        out.logits, out.iou, game.truth, game.small, game.valid, game.real, game.embedding.grids,
+                        self.rounds.guess_weight, self.rounds.iou_weight,
+                    )  # fmt: skip
                     losses.append(loss)
                     ious.append(iou)
             previous = out.logits[:, :1].detach()
             if index + 1 < len(course.trained):
-                new_points, new_labels = self._next(small, previous[:, 0] > 0, parts, self.rounds.spread)
+                new_points, new_labels = self._next(game, previous[:, 0] > 0, self.rounds.spread)
                 points = torch.cat((points, new_points), dim=1)
                 labels = torch.cat((labels, new_labels), dim=1)
         return torch.stack(losses), torch.stack(ious)
 
-    def _start(self, small: Tensor, parts: Sequence[_Part], start: str | int):
+    def _start(self, game: _Game, start: str | int):
         """First prompt: one click, or several random ones at once, or a box."""
-        batch, windows = small.shape[0], _windows(small, parts)
+        small, draws = game.small, game.draws
         if start == "box":
-            points = torch.zeros(batch, 0, 2, device=small.device)
-            labels = torch.zeros(batch, 0, dtype=torch.int64, device=small.device)
-            boxes = [_loose_box(w, self.rounds.box_jitter, p.generator) for w, p in zip(windows, parts)]
-            return points, labels, torch.cat(boxes)
+            points = torch.zeros(len(small), 0, 2, device=small.device)
+            labels = torch.zeros(len(small), 0, dtype=torch.int64, device=small.device)
+            return points, labels, _loose_box(small, game.real, self.rounds.box_jitter, draws)
         if isinstance(start, int):
-            drawn = [random_clicks(w, start, p.generator) for w, p in zip(windows, parts)]
-            points, positive = (torch.cat(each) for each in zip(*drawn))
+            points, positive = random_clicks(small, start, draws, real=game.real)
             return _model_pixels(points), positive.long(), None
-        exact = [torch.rand(p.count, device=small.device, generator=p.generator) < 0.5 for p in parts]
-        spread = torch.where(torch.cat(exact), 1.0, self.rounds.spread)
-        points, labels = self._next(small, torch.zeros_like(small), parts, spread)
+        spread = torch.where(draws.uniform() < 0.5, 1.0, self.rounds.spread)
+        points, labels = self._next(game, torch.zeros_like(small), spread)
         return points, labels, None
 
-    def _next(self, truth: Tensor, mask: Tensor, parts: Sequence[_Part], spread: float | Tensor):
-        spreads = spread.split([p.count for p in parts]) if isinstance(spread, Tensor) else [spread] * len(parts)
+    def _next(self, game: _Game, mask: Tensor, spread: float | Tensor):
         with torch.no_grad():
-            clicked = [
-                simulate_clicks(t, m, p.generator, spread=s)[:2]
-                for t, m, p, s in zip(_windows(truth, parts), _windows(mask, parts), parts, spreads)
-            ]
-        points, positive = (torch.cat(each) for each in zip(*clicked))
+            points, positive, _ = simulate_clicks(game.small, mask, game.draws, spread=spread, real=game.real)
         return _model_pixels(points).unsqueeze(1), positive.long().unsqueeze(1)
 
 
@@ -222,19 +225,14 @@ def halve_anchor(encoder: nn.Module, side: int) -> None:
         encoder.anchor_side = side // 2
 
 
-def _part(truth: Tensor, generator: torch.Generator) -> _Part:
-    count, height, width = truth.shape
-    return _Part(count, -(-height // STRIDE), -(-width // STRIDE), generator)
+def _padded(maps: Tensor, rows: int, cols: int) -> Tensor:
+    """(..., h, w) -> (..., rows, cols), with 0 at the bottom and right."""
+    return F.pad(maps, (0, cols - maps.shape[-1], 0, rows - maps.shape[-2]))
 
 
-def _windows(cells: Tensor, parts: Sequence[_Part]) -> list[Tensor]:
-    """The rows (N, h, w) of each part, without its padding."""
-    split = cells.split([part.count for part in parts])
-    return [rows[:, : part.rows, : part.cols] for rows, part in zip(split, parts)]
-
-
-def _padded(mask: Tensor, height: int, width: int) -> Tensor:
-    return F.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1]))
+def _there(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, by a copy that nobody waits for."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _check_pack(
@@ -261,19 +259,25 @@ def _model_pixels(cells: Tensor) -> Tensor:
     return (cells + 0.5) * STRIDE - 0.5
 
 
-def _loose_box(small: Tensor, jitter: float, generator: torch.Generator) -> Tensor:
-    """Boxes (B, 4) in canvas pixels around stride-4 objects (B, h, w), each side moved by a fraction of the box's size."""
-    edges = []
+def _loose_box(small: Tensor, real: Tensor | None, jitter: float, draws: Draws) -> Tensor:
+    """Boxes (B, 4) in canvas pixels around stride-4 objects (B, h, w), each side moved by a fraction of the box's size.
+
+    ``real`` (B, h, w) bool: where the pictures are, None for everywhere; no box reaches beyond, and a picture without object
+    has one around all of it.
+    """
+    first, last, ends = [], [], []
     for axis in (1, 2):
-        hit = small.any(axis).int()  # (B, w), then (B, h)
+        hit = small.any(axis)  # (B, w), then (B, h)
         length = hit.shape[1]
-        edges.append((hit.argmax(1).float(), (length - hit.flip(1).argmax(1)).float()))
-    (x0, x1), (y0, y1) = edges
-    box = torch.stack((x0, y0, x1, y1), dim=1) * STRIDE - 0.5
-    size = torch.stack((x1 - x0, y1 - y0, x1 - x0, y1 - y0), dim=1) * STRIDE
-    noise = torch.randn(box.shape, device=box.device, generator=generator)
-    limit = torch.tensor([small.shape[2], small.shape[1]] * 2, device=box.device) * STRIDE - 1.0
-    return (box + jitter * size * noise).clamp(min=0).minimum(limit)
+        end = torch.full_like(hit[:, 0], length, dtype=torch.int64) if real is None else real.any(axis).sum(1)
+        beyond = length - hit.int().flip(1).argmax(1)
+        first.append(hit.int().argmax(1))
+        last.append(torch.minimum(beyond, end))
+        ends.append(end)
+    box = torch.stack((*first, *last), dim=1).float() * STRIDE - 0.5
+    size = box[:, 2:] - box[:, :2]
+    limit = torch.stack(ends * 2, dim=1) * STRIDE - 1.0
+    return (box + jitter * size.repeat(1, 2) * draws.normal(4)).clamp(min=0).minimum(limit)
 
 
 def _mask_loss(
@@ -283,16 +287,18 @@ def _mask_loss(
     small: Tensor,
     valid: Tensor | None,
     real: Tensor | None,
+    grids: Tensor | None,
     guess_weight: float,
     iou_weight: float,
 ) -> tuple[Tensor, Tensor]:
     """Loss of one round and IoU of token 0, both (N,).
 
     ``logits`` (N, M, h, w), M = 1 or 4; ``iou`` (N, M) predicted; ``truth`` (N, 4h, 4w); ``small`` (N, h, w); ``valid`` and
-    ``real``: where ``truth`` and ``small`` are no padding, None for everywhere.
+    ``real``: where ``truth`` and ``small`` are no padding, None for everywhere; ``grids``: see :class:`Embedding`.
     """
     work = torch.promote_types(logits.dtype, torch.float32)
-    full = _enlarge(logits[:, 0].to(work), truth.shape[-2], truth.shape[-1])
+    cells = None if grids is None else grids * (PATCH // STRIDE)
+    full = _enlarge(logits[:, 0].to(work), truth.shape[-2], truth.shape[-1], cells)
     loss = normalized_focal_loss(full, truth, valid) + dice_loss(full, truth, valid)
     target = small.unsqueeze(1).expand_as(logits)
     inside = None if real is None else real.unsqueeze(1).expand_as(logits)
@@ -307,17 +313,23 @@ def _mask_loss(
     return loss, reached[:, 0]
 
 
-def _enlarge(logits: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear (N, h, w) -> (N, height, width) as two matrix products, whose gradient needs no scattered additions."""
-    rows, cols = (_interpolation(a, b, logits) for a, b in zip(logits.shape[-2:], (height, width)))
+def _enlarge(logits: Tensor, height: int, width: int, cells: Tensor | None) -> Tensor:
+    """Bilinear (N, h, w) -> (N, height, width) as two matrix products, whose gradient needs no scattered additions.
+
+    ``cells`` (N, 2): rows and columns of each that are read, as if there were no others; None for all.
+    """
+    ends = (None, None) if cells is None else cells.unbind(1)
+    rows, cols = (_interpolation(*lengths, logits) for lengths in zip(logits.shape[-2:], (height, width), ends))
     with torch.autocast(logits.device.type, enabled=False):
-        return rows @ logits @ cols.t()
+        return rows @ logits @ cols.mT
 
 
-def _interpolation(small: int, large: int, like: Tensor) -> Tensor:
-    """(large, small)"""
-    eye = torch.eye(small, device=like.device, dtype=like.dtype)
-    return F.interpolate(eye.unsqueeze(0), large, mode="linear", align_corners=False)[0].t()
+def _interpolation(small: int, large: int, end: Tensor | None, like: Tensor) -> Tensor:
+    """(large, small), or (N, large, small) where only the first ``end`` (N,) cells are read."""
+    cells = torch.arange(small, device=like.device, dtype=like.dtype)
+    place = ((torch.arange(large, device=like.device, dtype=like.dtype) + 0.5) * (small / large) - 0.5).clamp(min=0)
+    place = place.clamp(max=small - 1) if end is None else torch.minimum(place, (end - 1).to(place).unsqueeze(1))
+    return (1 - (place.unsqueeze(-1) - cells).abs()).clamp(min=0)
 
 
 @cache
@@ -344,8 +356,8 @@ def compile_parts(decoder: bool) -> None:
     if decoder:
         whole = torch.compile(MaskDecoder.forward)
 
-        def decode(self, image, image_pe, sparse, dense, masks=(0,), real=None):
+        def decode(self, image, image_pe, sparse, dense, masks=(0,), real=None, inside=None):
             torch._dynamo.mark_dynamic(sparse, 1)
-            return whole(self, image, image_pe, sparse, dense, masks, real)
+            return whole(self, image, image_pe, sparse, dense, masks, real, inside)
 
         MaskDecoder.forward = decode

@@ -41,6 +41,7 @@ from hrsam.optim import Phase
 from hrsam.overlay import overlay
 from hrsam.rollout import STRIDE, ClickRollout, Rounds, compile_parts
 from hrsam.run import RunSettings
+from hrsam.tables import holding
 from hrsam.weights import load
 
 
@@ -244,6 +245,7 @@ class PackedTask:
         self.rollout = ClickRollout(model, settings.rounds)
         self.witness = Witness(model)
         self.seen: tuple[Tensor, Tensor] | None = None
+        self.mean, self.std = (torch.tensor(v, device=model.device) for v in (model.config.mean, model.config.std))
         self._totals = -1, 0.0, 0.0  # step, denominator of the loss, objects
         make_fast(model, settings)
 
@@ -264,15 +266,14 @@ class PackedTask:
         counts = {"images": 0, "clicks": 0, "tokens": 0}
         for pack in batches[part.index - self.feed.ranks[0]].packs:
             shapes = [photo.counts for photo in pack]
-            pictures, truths = zip(*map(self._tensors, pack))
+            pictures, truths = self._tensors(pack)
             generators = [torch.Generator(self.model.device).manual_seed(seed_of(photo.seed)) for photo in pack]
             plan = random.Random()
             plan.setstate(part.plan.getstate())
             self.witness.answers = 0
             weights = loss_weights(reduction, shapes, total, ranks=part.count)
             loss, ious = self.rollout.packed(pictures, truths, weights, generators, plan)
-            last = last_decoded(pictures)
-            self.seen = pictures[last], truths[last][0]
+            self.seen = pictures[0], truths[0][0]
             part.backward(loss)
             share = part.count * sum(shape.objects for shape in shapes) / objects
             for name, value in (("loss", loss), ("iou_first", share * ious[0]), ("iou_last", share * ious[-1])):
@@ -292,12 +293,12 @@ class PackedTask:
         total, objects = both.tolist()
         return total, objects
 
-    def _tensors(self, photo: Photo) -> tuple[Tensor, Tensor]:
-        """Normalised pixels (3, h, w) and truths (K, h, w) bool on the model's device."""
-        config, device = self.model.config, self.model.device
-        pixels = torch.from_numpy(photo.pixels[..., ::-1].copy() if config.bgr else photo.pixels).to(device)
-        mean, std = (torch.tensor(values, device=device) for values in (config.mean, config.std))
-        return ((pixels - mean) / std).permute(2, 0, 1).contiguous(), torch.from_numpy(photo.masks).to(device)
+    def _tensors(self, pack: Sequence[Photo]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each picture the normalised pixels (3, h, w) and the truths (K, h, w) bool on the model's device."""
+        bgr, device = self.model.config.bgr, self.model.device
+        pixels = uploaded([photo.pixels[..., ::-1] if bgr else photo.pixels for photo in pack], device)
+        pictures = [((p - self.mean) / self.std).permute(2, 0, 1).contiguous() for p in pixels]
+        return pictures, uploaded([photo.masks for photo in pack], device)
 
     def _tokens(self, photo: Photo) -> int:
         assert isinstance(self.model.config.encoder, EncoderConfig)
@@ -310,12 +311,13 @@ class PackedTask:
         self.feed.close()
 
 
-def last_decoded(pictures: Sequence[Tensor]) -> int:
-    """Which of a pack's pictures (3, H, W) is first in the decoder's last call, see :meth:`ClickRollout.packed`."""
-    first: dict[tuple[int, int], int] = {}
-    for index, picture in enumerate(pictures):
-        first.setdefault((-(-picture.shape[1] // PATCH), -(-picture.shape[2] // PATCH)), index)
-    return max(first.values())
+def uploaded(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays of one type on ``device``, brought there by one copy that nobody waits for."""
+    flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    parts = flat.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays)]
 
 
 def make_fast(model: HRSAM, settings: TrainSettings) -> None:
@@ -347,7 +349,9 @@ class Witness:
         """Mask (height, width) bool, without padding, and clicks in its pixels."""
         assert self.last is not None
         points, labels, logits = self.last
-        full = F.interpolate(logits[None, None].float(), scale_factor=STRIDE, mode="bilinear", align_corners=False)
+        rows, cols = (-(-side // PATCH) * PATCH // STRIDE for side in (height, width))
+        own = logits[None, None, :rows, :cols].float()
+        full = F.interpolate(own, scale_factor=STRIDE, mode="bilinear", align_corners=False)
         clicks = [Click(x, y, label == 1) for (x, y), label in zip(points.tolist(), labels.tolist())]
         return (full[0, 0, :height, :width] > 0).cpu().numpy(), clicks
 
@@ -371,5 +375,6 @@ def graph_encoder(model: HRSAM, phase: Phase) -> None:
     encoder = model.encoder
     encoder.__dict__.pop("forward", None)  # an earlier phase's graphs
     pixels = torch.randn(phase.batch, 3, phase.side, phase.side, device=model.device)
-    with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+    with holding() as tables, torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
         torch.cuda.make_graphed_callables(encoder, (pixels,), allow_unused_input=True)
+    vars(encoder)["graphed_tables"] = tables

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from hrsam.clicks import Click, _deepest, _settle, check_clicks, next_click, parse_click, random_clicks, simulate_clicks
+from hrsam.clicks import (
+    Click,
+    Draws,
+    _deepest,
+    _settle,
+    check_clicks,
+    next_click,
+    parse_click,
+    random_clicks,
+    simulate_clicks,
+)
 from hrsam.kernels import has_triton
 from hrsam.ops.distance import squared_distance
 
@@ -326,8 +336,68 @@ def test_batch_user_refuses():
         simulate_clicks(truth, truth[:1], generator(), spread=1.0)
     with pytest.raises(ValueError, match=r"at least 1; got 0\.5"):
         simulate_clicks(truth, truth, generator(), spread=0.5)
+    with pytest.raises(ValueError, match=r"real must be bool \(2, 4, 4\) as truth; got torch.bool \(4, 4\)"):
+        simulate_clicks(truth, truth, generator(), spread=1.0, real=truth[0])
+    with pytest.raises(ValueError, match=r"real must be bool \(2, 4, 4\) as truth; got torch.int64"):
+        random_clicks(truth, 3, generator(), real=truth.long())
+    with pytest.raises(ValueError, match="a batch of 2 needs as many draws; got 3"):
+        simulate_clicks(truth, truth, Draws([generator(), generator()], [1, 2]), spread=1.0)
     with pytest.raises(ValueError, match=r"\(B, H, W\)"):
         random_clicks(truth[0], 3, generator())
+
+
+WINDOWS = [(24, 9), (11, 30), (17, 17), (1, 1), (24, 30)]
+ROWS = [2, 1, 3, 2, 1]
+
+
+def padded_pictures(beyond):
+    """Truths, masks and windows (9, 24, 30), what is beyond each window ``beyond``; and the same (K, h, w) of each picture.
+
+    With everything that has a rule of its own: no object, nothing else, nothing wrong, all of it wrong.
+    """
+    each = []
+    for i, ((h, w), count) in enumerate(zip(WINDOWS, ROWS)):
+        truth, mask = (np.stack([blobs(h, w, seed + 10 * i + k) for k in range(count)]) for seed in (0, 100))
+        if i == 2:
+            truth[0], truth[1], mask[2] = False, True, truth[2]
+        elif i == 3:
+            truth[:], mask[:] = [[[True]], [[False]]], False
+        each.append((torch.from_numpy(truth), torch.from_numpy(mask)))
+    tops = [torch.ones(count, h, w, dtype=torch.bool) for (h, w), count in zip(WINDOWS, ROWS)]
+
+    def padded(maps, value):
+        return torch.cat(
+            [torch.nn.functional.pad(m, (0, 30 - m.shape[2], 0, 24 - m.shape[1]), value=value) for m in maps]
+        )
+
+    truths, masks = zip(*each)
+    return padded(truths, beyond[0]), padded(masks, beyond[1]), padded(tops, False), each
+
+
+@pytest.mark.parametrize("beyond", [(False, False), (False, True), (True, False), (True, True)])
+def test_padded_pictures_are_clicked_as_alone(beyond):
+    """To the bit: the distances, and what each draws from its own generator, round after round."""
+    truth, mask, real, each = padded_pictures(beyond)
+    together, alone = ([generator(i) for i in range(len(ROWS))] for _ in range(2))
+    draws = Draws(together, ROWS)
+    spread = torch.linspace(1, 2.5, len(truth))
+    for number in range(3):
+        if number == 0:
+            xy, positive = random_clicks(truth, 20, draws, real=real)
+        else:
+            xy, positive, any_wrong = simulate_clicks(truth, mask, draws, spread=spread, real=real)
+        for i, ((t, m), (h, w)) in enumerate(zip(each, WINDOWS)):
+            rows = slice(sum(ROWS[:i]), sum(ROWS[: i + 1]))
+            if number == 0:
+                want = random_clicks(t, 20, alone[i])
+            else:
+                want = simulate_clicks(t, m, alone[i], spread=spread[rows])
+                assert torch.equal(any_wrong[rows], want[2])
+                wrong = (truth & ~mask & real)[rows]
+                assert torch.equal(squared_distance(wrong)[:, :h, :w], squared_distance(t & ~m))
+            assert torch.equal(xy[rows], want[0])
+            assert torch.equal(positive[rows], want[1])
+            assert (xy[rows] < torch.tensor([w, h])).all()
 
 
 def test_random_clicks():

@@ -1,13 +1,11 @@
 """Packed pictures: packs, shares and weights as numbers; packed model and losses against one picture after the other."""
 
-import math
 import random
 from dataclasses import replace
 from statistics import mean
 
 import pytest
 import torch
-from torch import nn
 
 from hrsam.bench.flops import flops
 from hrsam.bench.packing import picture_sizes
@@ -18,7 +16,6 @@ from hrsam.models.cost import encode_cost
 from hrsam.models.model import Embedding
 from hrsam.models.presets import PRESETS
 from hrsam.ops import MIXERS
-from hrsam.rollout import ClickRollout, Rounds
 from tests.builders import small_model
 
 MIX = picture_sizes(4096, (640, 2048), 16)  # long side 640…2048, aspect ½…1
@@ -306,137 +303,3 @@ def test_boundaries_are_right_by_construction(mixer):
     q = torch.zeros(14, 1, 8)
     with pytest.raises(ValueError, match="15 tokens"):
         MIXERS[mixer](q, q, q, layout)
-
-
-# ---------------------------------------------------------------- clicks on packed pictures
-
-
-class Plan(random.Random):
-    """Begins with the number that decides how a step starts."""
-
-    def __init__(self, kind):
-        super().__init__(1)
-        self.kind = kind
-
-    def random(self):
-        kind, self.kind = self.kind, None
-        return super().random() if kind is None else kind
-
-
-STARTS = {"box": 0.0, "random clicks": 0.2, "click": 0.9}
-CLICKED = [
-    (64, 96),
-    (37, 50),
-    (64, 90),
-    (20, 9),
-    (64, 96),
-]  # the first, third and last have one grid, padded differently
-OBJECTS = [2, 1, 3, 1, 2]
-
-
-def discs(size, count, seed):
-    rng = random.Random(seed)
-    y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
-    centres = [
-        (rng.uniform(0, size[0]), rng.uniform(0, size[1]), rng.uniform(0.2, 0.5) * min(size)) for _ in range(count)
-    ]
-    return torch.stack([(y - a) ** 2 + (x - b) ** 2 <= r**2 for a, b, r in centres])
-
-
-def clicked_pack():
-    truths = [discs(size, count, seed) for seed, (size, count) in enumerate(zip(CLICKED, OBJECTS))]
-    counts = [Counts(k, math.ceil(h / 16) * math.ceil(w / 16), h * w) for k, (h, w) in zip(OBJECTS, CLICKED)]
-    return pictures(CLICKED, seed=5), truths, counts
-
-
-def fresh_rollout():
-    model = double_model(drop_path=0.3)
-    nn.init.normal_(model.prompt_encoder.no_mask_embed.weight)
-    return ClickRollout(model.train(), Rounds(trained=2, another=0.5, most_silent=1))
-
-
-def play(rollout, indices, weights, start):
-    images, truths, _ = clicked_pack()
-    generators = [torch.Generator().manual_seed(40 + i) for i in indices]
-    return rollout.packed(
-        [images[i] for i in indices],
-        [truths[i] for i in indices],
-        [weights[i] for i in indices],
-        generators,
-        Plan(start),
-    )
-
-
-@pytest.mark.parametrize("reduction", ["image", "object", "pixel"])
-@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
-def test_packed_rounds_equal_one_picture_after_the_other(start, reduction):
-    _, _, counts = clicked_pack()
-    weights = loss_weights(reduction, counts, loss_total(reduction, counts))
-    packed, alone = fresh_rollout(), fresh_rollout()
-    loss, ious = play(packed, range(5), weights, start)
-    loss.backward()
-    total, reached = 0.0, torch.zeros_like(ious)
-    for index in range(5):
-        one, iou = play(alone, [index], weights, start)
-        one.backward()
-        total += float(one.detach())
-        reached += iou * OBJECTS[index] / sum(OBJECTS)
-    assert loss.dtype == torch.float64
-    assert float(loss.detach()) == pytest.approx(total, abs=1e-10)
-    assert largest_difference(alone, packed) <= 1e-9
-    torch.testing.assert_close(ious, reached, atol=1e-6, rtol=0)
-    assert len(ious) == 3
-
-
-def test_canvases_are_a_pack_of_squares():
-    """Without padding, and with the anchor of canvases, both forms are one function: the mean over objects."""
-    rollout = fresh_rollout().eval()
-    size = (128, 128)  # the anchor is 64 in both forms
-    pixels, truth = pictures([size])[0], discs(size, 2, 7)
-    canvas, _ = rollout(pixels.unsqueeze(0), truth.unsqueeze(0), torch.Generator().manual_seed(3), Plan(0.9))
-    packed, _ = rollout.packed([pixels], [truth], [0.5], [torch.Generator().manual_seed(3)], Plan(0.9))
-    assert float(packed.detach()) == pytest.approx(float(canvas.detach()), abs=1e-10)
-
-
-def test_padding_is_neither_clicked_nor_counted(monkeypatch):
-    """Whatever the model says of the padding of a picture, loss and IoU are those of the picture, and no click falls there."""
-    height, width = 37, 50  # 10 x 13 cells of a 12 x 16 map
-    rollout = fresh_rollout().eval()
-    decode, clicks = rollout.model.decode, []
-
-    def silenced(value):
-        """The picture's own logits do not depend on what is fed back, those of the padding are ``value``."""
-
-        def answer(embedding, points, labels, box, previous, masks):
-            clicks.append(points)
-            out = decode(embedding, points, labels, box, None, masks)
-            rows, cols = (torch.arange(n) for n in out.logits.shape[2:])
-            # cells whose values reach no pixel of the picture when they are enlarged
-            far = (rows.unsqueeze(1) > -(-height // 4)) | (cols > -(-width // 4))
-            return type(out)(out.logits.masked_fill(far, value), out.iou)
-
-        return answer
-
-    found = []
-    for value in (-50.0, 0.0, 50.0):
-        with monkeypatch.context() as patch:
-            patch.setattr(rollout.model, "decode", silenced(value))
-            loss, ious = play(rollout, [1], [1.0] * 5, STARTS["random clicks"])
-            found.append((float(loss.detach()), ious.tolist()))
-    assert found[0] == found[1] == found[2]
-    assert (
-        max(points[..., 0].max() for points in clicks) < width + 2
-    )  # the centre of a cell begun may lie beyond the edge
-    assert max(points[..., 1].max() for points in clicks) < height + 2
-
-
-def test_wrong_rounds_are_refused():
-    rollout = fresh_rollout()
-    images, truths, _ = clicked_pack()
-    generators = [torch.Generator()] * 5
-    with pytest.raises(ValueError, match="got 0 pictures"):
-        rollout.packed([], [], [], [], Plan(0.9))
-    with pytest.raises(ValueError, match="5 pictures, 5 truths, 1 weights"):
-        rollout.packed(images, truths, [1.0], generators, Plan(0.9))
-    with pytest.raises(ValueError, match=r"bool \(K, 64, 96\) with at least one object; got torch.bool \(2, 64, 95\)"):
-        rollout.packed(images, [truths[0][..., 1:], *truths[1:]], [1.0] * 5, generators, Plan(0.9))

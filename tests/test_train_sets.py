@@ -21,7 +21,7 @@ from hrsam.data.packing import UNITS
 from hrsam.data.stream import Source, Stream
 from hrsam.optim import Gradients, Phase
 from hrsam.rollout import ClickRollout
-from hrsam.train import PackedPictures, last_decoded, open_feed, start_model
+from hrsam.train import PackedPictures, open_feed, start_model, uploaded
 from tests.builders import photo
 from tests.test_train import SCRIPT
 from tests.tiny_training import assert_same_logs, assert_same_states, last_state, log_lines, settings
@@ -175,10 +175,7 @@ def test_the_loss_of_a_step_is_the_formula(tmp_path, root, monkeypatch):
 
 
 def test_the_picture_shown_is_the_one_answered_last(tmp_path, root):
-    """The decoder takes the pictures of one grid together, in the order of their first; the last grid's first is shown."""
-    tall, wide = torch.zeros(3, 64, 30), torch.zeros(3, 30, 64)
-    assert last_decoded([tall, wide, tall]) == 1
-    assert last_decoded([wide, tall, wide, torch.zeros(3, 60, 20)]) == 1  # the last one is as many whole patches
+    """The first of the last pack, and of what was answered in the batch what lies on it."""
     run = packed(tmp_path, root, tokens=10_000, batch=6)
     feed, _ = open_feed(run, start_model(run), 0, 1)
     model = start_model(run).train()
@@ -186,15 +183,39 @@ def test_the_picture_shown_is_the_one_answered_last(tmp_path, root):
     assert task.picture() is None
     plan = training.random.Random(1)
     part = training.Part(0, 0, 1, run.phases[0], torch.Generator(), plan, torch.Tensor.backward)
+    packs, packed_rounds = [], task.rollout.packed
+    task.rollout.packed = lambda *args: packs.append(args[:2]) or packed_rounds(*args)
     task.part(part)
     pixels, truth = task.seen
+    assert torch.equal(pixels, packs[-1][0][0])
+    assert torch.equal(truth, packs[-1][1][0][0])
     picture = task.picture()
     assert picture.shape == (truth.shape[0], 2 * truth.shape[1], 3)
     _, clicks = task.witness.last_seen(*truth.shape)
     assert truth[int(clicks[0].y), int(clicks[0].x)] or len(clicks) > 1
-    logits = task.witness.last[2]
-    assert logits.shape == tuple(4 * -(-side // 16) for side in pixels.shape[1:])
+    for first, label in zip(clicks, task.witness.last[1].tolist()):
+        assert first.positive == (label == 1)
+    # a picture of 33 x 20 in a batch of 64 x 96: up to 48 x 32 the answer is its own, whatever is said beyond
+    for beyond in (-1e4, 1e4):
+        own = torch.full((16, 24), beyond)
+        own[:12, :8] = torch.linspace(-1, 1, 96).view(12, 8)
+        task.witness.last = *task.witness.last[:2], own
+        mask, _ = task.witness.last_seen(48, 32)
+        want = torch.nn.functional.interpolate(own[None, None, :12, :8], scale_factor=4, mode="bilinear")[0, 0] > 0
+        np.testing.assert_array_equal(mask, want.numpy())
+        assert task.witness.last_seen(33, 20)[0].shape == (33, 20)
     task.close()
+
+
+def test_arrays_are_uploaded_together():
+    pixels = [photo(5, 7, 1)[..., ::-1], photo(3, 2, 2)]
+    for array, tensor in zip(pixels, uploaded(pixels, torch.device("cpu")), strict=True):
+        assert tensor.dtype == torch.uint8
+        np.testing.assert_array_equal(tensor.numpy(), array)
+    masks = [np.eye(4, dtype=bool)[None], np.ones((2, 3, 1), dtype=bool)]
+    for array, tensor in zip(masks, uploaded(masks, torch.device("cpu")), strict=True):
+        assert tensor.dtype == torch.bool
+        np.testing.assert_array_equal(tensor.numpy(), array)
 
 
 # ---------------------------------------------------------------- resume, processes

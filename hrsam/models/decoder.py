@@ -80,7 +80,13 @@ class TwoWayLayer(nn.Module):
         self.cross_attn_image_to_token = ProjectedAttention(width, heads, downsample=2)
 
     def forward(
-        self, tokens: Tensor, image: Tensor, token_pe: Tensor, image_pe: Tensor, mask: Tensor | None
+        self,
+        tokens: Tensor,
+        image: Tensor,
+        token_pe: Tensor,
+        image_pe: Tensor,
+        mask: Tensor | None,
+        cells: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if self.first:  # replaces the tokens: no residual, no positions
             tokens = self.self_attn(tokens, tokens, tokens, mask)
@@ -89,7 +95,7 @@ class TwoWayLayer(nn.Module):
             tokens = tokens + self.self_attn(q, q, tokens, mask)
         tokens = self.norm1(tokens)
         image_keys = image + image_pe
-        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image_keys, image))
+        tokens = self.norm2(tokens + self.cross_attn_token_to_image(tokens + token_pe, image_keys, image, cells))
         tokens = self.norm3(tokens + self.mlp(tokens))
         image = self.update_image(image, self.cross_attn_image_to_token(image_keys, tokens + token_pe, tokens, mask))
         return tokens, image
@@ -106,12 +112,16 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(width)
 
     def forward(
-        self, tokens: Tensor, image: Tensor, image_pe: Tensor, mask: Tensor | None = None
+        self, tokens: Tensor, image: Tensor, image_pe: Tensor, mask: Tensor | None = None, cells: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """``mask`` (B, 1, 1, P) and ``cells`` (B, 1, 1, h·w): tokens and cells that may be read, None for all.
+
+        Cells meet each other only through the tokens, so one that is not read changes no other.
+        """
         token_pe = tokens
         for layer in self.layers:
-            tokens, image = layer(tokens, image, token_pe, image_pe, mask)
-        out = self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image)
+            tokens, image = layer(tokens, image, token_pe, image_pe, mask, cells)
+        out = self.final_attn_token_to_image(tokens + token_pe, image + image_pe, image, cells)
         return self.norm_final_attn(tokens + out), image
 
 
@@ -139,20 +149,22 @@ class MaskDecoder(nn.Module):
 
     def forward(
         self, image: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, masks: Sequence[int] = (0,),
-        real: Tensor | None = None,
+        real: Tensor | None = None, inside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One prompt for each image of the batch.
 
-        ``image`` (B, C, h, w); ``image_pe`` (1, C, h, w); ``sparse`` (B, P, C) prompt tokens; ``dense`` (B, C, h, w);
-        ``masks``: which of the four to compute; ``real`` (B, P) bool: False for prompt tokens that must not be read
-        -> logits (B, masks, 4h, 4w) and predicted IoU (B, masks).
+        ``image`` (B, C, h, w); ``image_pe`` (1 or B, C, h, w); ``sparse`` (B, P, C) prompt tokens; ``dense`` (B, C, h, w);
+        ``masks``: which of the four to compute; ``real`` (B, P) bool: False for prompt tokens that must not be read;
+        ``inside`` (B, h, w) bool: False for cells that are padding: what is answered for the others is that of a map
+        without them -> logits (B, masks, 4h, 4w) and predicted IoU (B, masks).
         """
         batch, _, rows, cols = image.shape
         output = torch.cat((self.iou_token.weight, self.mask_tokens.weight))
         tokens = torch.cat((output.expand(batch, -1, -1).to(sparse.dtype), sparse), dim=1)
         source = (image + dense).flatten(2).transpose(1, 2)
         mask = None if real is None else F.pad(real, (output.shape[0], 0), value=True).view(batch, 1, 1, -1)
-        tokens, source = self.transformer(tokens, source, image_pe.flatten(2).transpose(1, 2), mask)
+        cells = None if inside is None else inside.view(batch, 1, 1, -1)
+        tokens, source = self.transformer(tokens, source, image_pe.flatten(2).transpose(1, 2), mask, cells)
         hyper = torch.stack([self.output_hypernetworks_mlps[m](tokens[:, 1 + m]) for m in masks], dim=1)
         logits = self.mask_logits(source, hyper, rows, cols)
         iou = self.iou_prediction_head(tokens[:, 0])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hrsam.models.decoder import MaskDecoder
 from hrsam.models.encoder import Encoder, EncoderConfig
-from hrsam.models.fast import optimized
+from hrsam.models.fast import FastDecoder, optimized
 from hrsam.models.prompt import BOX_FIRST, BOX_SECOND, NOT_A_POINT, PromptEncoder
 from hrsam.models.sam_vit import SamVit, SamVitConfig
 
@@ -37,10 +37,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """What the model remembers of a picture.  ``features`` and ``positions``: (1, 256, h, w)."""
+    """What the model remembers of a picture, or of each in a batch.
+
+    ``features`` and ``positions``: (1, 256, h, w) or (B, 256, h, w).  ``grids`` (B, 2) whole numbers on their device: rows
+    and columns of each picture of a batch, the rest of its map is padding at the bottom and right; None: nothing is.
+    """
 
     features: Tensor
     positions: Tensor
+    grids: Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -59,6 +64,12 @@ class Decoded:
 
     logits: Tensor
     iou: Tensor
+
+
+def within(sizes: Tensor, rows: int, cols: int) -> Tensor:
+    """Where maps are no padding: ``sizes`` (B, 2), rows and columns of each at the top left -> (B, rows, cols) bool."""
+    y, x = (torch.arange(length, device=sizes.device) for length in (rows, cols))
+    return (y < sizes[:, :1]).unsqueeze(2) & (x < sizes[:, 1:]).unsqueeze(1)
 
 
 class HRSAM(nn.Module):
@@ -120,10 +131,12 @@ class HRSAM(nn.Module):
     ) -> Decoded:
         """Masks for prompts on one embedding, or one prompt for each image of a batched embedding.
 
+        A picture padded in a batch is answered as alone, and what is answered for its padding means nothing.
         Coordinates are (x, y) in pixels of the model's input, (0, 0) the centre of the first pixel.  ``points`` (B, P, 2),
         ``labels`` (B, P): 1 positive, 0 negative, −1 SAM's "not a point"; ``box`` (B, 4): x0, y0, x1, y1;
         ``previous`` (B, 1, 4h, 4w): logits of the round before.  ``masks``: 0 is the single answer, 1–3 SAM's three guesses.
-        Raises ``ValueError`` for an empty prompt, shapes that do not fit, or a model without a decoder.
+        Raises ``ValueError`` for an empty prompt, shapes that do not fit, a model without a decoder, or padded pictures in an
+        optimized copy.
         """
         if not self.config.decoder:
             raise ValueError(
@@ -136,30 +149,47 @@ class HRSAM(nn.Module):
             )
         if points.shape[1] == 0 and box is None and previous is None:
             raise ValueError("an empty prompt has no answer; give at least one click, a box or an earlier mask")
-        batch = points.shape[0]
+        batch, padding = points.shape[0], {}
+        if embedding.grids is not None:
+            if isinstance(self.decode_prompts, FastDecoder):
+                raise ValueError(
+                    "an optimized model takes no pictures padded to one grid; decode each embedding by itself"
+                )
+            if embedding.grids.shape != (batch, 2) or embedding.features.shape[0] != batch:
+                raise ValueError(
+                    f"pictures padded to one grid have a prompt each; got {len(embedding.features)} pictures, grids "
+                    f"{tuple(embedding.grids.shape)} and {batch} prompts"
+                )
+            padding["grids"] = embedding.grids
         if box is None:
             points = torch.cat((points, points.new_zeros(batch, 1, 2)), dim=1)
             labels = torch.cat((labels, labels.new_full((batch, 1), NOT_A_POINT)), dim=1)
         else:
             points = torch.cat((points, box.view(batch, 2, 2).to(points.dtype)), dim=1)
-            corners = torch.tensor([[BOX_FIRST, BOX_SECOND]], dtype=labels.dtype, device=labels.device)
-            labels = torch.cat((labels, corners.expand(batch, 2)), dim=1)
+            # filled there: a table made here would be copied, and waited for
+            corners = [labels.new_full((batch, 1), corner) for corner in (BOX_FIRST, BOX_SECOND)]
+            labels = torch.cat((labels, *corners), dim=1)
         features = embedding.features
         if features.shape[0] != batch:
             features = features.expand(batch, -1, -1, -1)
-        logits, iou = self.decode_prompts(features, embedding.positions, points, labels, previous, masks=tuple(masks))
+        logits, iou = self.decode_prompts(
+            features, embedding.positions, points, labels, previous, masks=tuple(masks), **padding
+        )
         return Decoded(logits, iou)
 
     def dense_positions(self, grid: tuple[int, int]) -> Tensor:
         """Position code of every embedding cell, (1, C, h, w)."""
         return self.prompt_encoder.dense_positions(grid)
 
-    def decode_prompts(self, features, positions, points, labels, previous, masks):
+    def decode_prompts(self, features, positions, points, labels, previous, masks, grids=None):
         """Tensors in, logits and predicted IoU out; what :meth:`decode` prepares and :meth:`optimize` replaces."""
-        batch, _, *grid = features.shape
-        sparse = self.prompt_encoder.sparse(points, labels, (16 * grid[0], 16 * grid[1]))
-        dense = self.prompt_encoder.dense(previous, batch, tuple(grid))
-        return self.mask_decoder(features, positions, sparse, dense, masks)
+        batch, _, rows, cols = features.shape
+        size, inside = (16 * rows, 16 * cols), None
+        if grids is not None:
+            size, inside = 16 * grids, within(grids, rows, cols)
+        sparse = self.prompt_encoder.sparse(points, labels, size)
+        dense = self.prompt_encoder.dense(previous, batch, (rows, cols))
+        return self.mask_decoder(features, positions, sparse, dense, masks, inside=inside)
 
     def optimize(self, *, dtype: torch.dtype = torch.bfloat16, compile: bool = True, graphs: bool = True) -> HRSAM:
         """A copy for inference: ``encode`` and ``decode`` as before, several times faster on a GPU.

@@ -74,14 +74,15 @@ class PromptEncoder(nn.Module):
             code = F.interpolate(code, grid, mode="bilinear", align_corners=False)
         return code
 
-    def sparse(self, points: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+    def sparse(self, points: Tensor, labels: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
         """Prompt tokens.
 
         ``points`` (B, P, 2) x, y; ``labels`` (B, P) int: 1 positive, 0 negative, 2 and 3 the corners of a box, −1 no
-        point, −2 nobody; ``size``: height and width of the model's input in pixels -> (B, P, C).
+        point, −2 nobody; ``size``: height and width of the model's input in pixels, or (B, 2) those of each -> (B, P, C).
         """
+        height, width = size.unsqueeze(-1).unbind(1) if isinstance(size, Tensor) else size
         x, y = (points.float() + 0.5).unbind(-1)
-        code = self.pe_layer(torch.stack((x / size[1], y / size[0]), dim=-1))
+        code = self.pe_layer(torch.stack((x / width, y / height), dim=-1))
         embeddings = [self.not_a_point_embed, *self.point_embeddings]
         table = torch.cat([e.get_parameter("weight") for e in embeddings])
         return code * (labels != NOT_A_POINT).unsqueeze(-1) + table[(labels.long() + 1).clamp(min=0)]
