@@ -41,22 +41,25 @@ class PictureError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """``pixels``: (H, W, 3) uint8 RGB, upright.  ``notes``: what was changed to get there, one phrase each."""
+    """``pixels``: (H, W, 3) uint8 RGB, upright.  ``size``: (H, W) in the file, upright.  ``notes``: what was changed to get
+    there, one phrase each."""
 
     pixels: np.ndarray
+    size: tuple[int, int]
     notes: tuple[str, ...] = ()
 
 
 @dataclass
 class _Decoded:
     image: Image.Image
+    size: tuple[int, int] = (0, 0)  # (H, W) upright, before it was reduced
     bits: int = 8  # per channel, in the file
     unsigned: bool = True
     white_is_zero: bool = False
     notes: list[str] = field(default_factory=list)
 
 
-def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Picture:
+def read_image(source: Source, *, max_pixels: int = MAX_PIXELS, long_side: int | None = None) -> Picture:
     """Read any everyday picture as upright 8-bit RGB.
 
     ``source``: path, encoded bytes, or a binary file (read from where it stands to its end).  JPEG, PNG, WebP, TIFF and
@@ -71,11 +74,14 @@ def read_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Picture:
     - CMYK (Adobe's inverted JPEG included) and YCbCr are converted without a colour profile; ICC profiles are ignored.
     - Animations and multi-page files: the first frame.
 
+    ``long_side``: that many pixels are enough, so a JPEG that is 2, 4 or 8 times as long comes smaller by that factor, made
+    of its low frequencies, with a note; its sides are rounded to whole pixels.
+
     Raises :class:`PictureError` for everything that cannot be read: missing, empty, truncated, of another format, or
     more than ``max_pixels`` pixels (known from the header, before anything is decoded).
     """
-    with _decoded(source, max_pixels) as decoded:
-        return Picture(_rgb8(decoded), tuple(decoded.notes))
+    with _decoded(source, max_pixels, long_side) as decoded:
+        return Picture(_rgb8(decoded), decoded.size, tuple(decoded.notes))
 
 
 def probe(source: str | Path | bytes) -> tuple[str, int, int]:
@@ -124,10 +130,10 @@ def read_mask(source: Source, *, threshold: float | None = None, max_pixels: int
 
 
 @contextmanager
-def _decoded(source: Source, max_pixels: int) -> Iterator[_Decoded]:
+def _decoded(source: Source, max_pixels: int, long_side: int | None = None) -> Iterator[_Decoded]:
     """The first frame of ``source``, upright."""
     with _reading(source), _binary(source) as file:
-        yield _decode(file, max_pixels)
+        yield _decode(file, max_pixels, long_side)
 
 
 @contextmanager
@@ -162,7 +168,7 @@ def _binary(source: Source) -> BinaryIO:
     return io.BytesIO(data)
 
 
-def _decode(file: BinaryIO, max_pixels: int) -> _Decoded:
+def _decode(file: BinaryIO, max_pixels: int, long_side: int | None) -> _Decoded:
     header = file.read(32)
     file.seek(0)
     # Plugin classes and not Image.open: its pixel limit is one number for the whole process, ours is an argument.
@@ -174,6 +180,9 @@ def _decode(file: BinaryIO, max_pixels: int) -> _Decoded:
             "shrink the picture or raise max_pixels"
         )
     decoded = _Decoded(image)
+    scale = 1
+    if long_side is not None and isinstance(image, JpegImageFile):
+        scale = _reduce(image, long_side)
     orientation = 1
     if isinstance(image, TiffImageFile):
         tags = image.tag_v2
@@ -186,7 +195,13 @@ def _decode(file: BinaryIO, max_pixels: int) -> _Decoded:
     if getattr(image, "is_animated", False):  # not n_frames: counting hostile TIFF pages takes quadratic time
         decoded.notes.append("first of several frames")
     _load(image)
-    _orient(decoded, orientation)
+    if scale > 1:
+        decoded.image = image.crop((0, 0, int(width / scale + 0.5), int(height / scale + 0.5)))
+        decoded.notes.append(f"decoded at 1/{scale} of its size")
+    turned = _orient(decoded, orientation) in range(5, 9)
+    decoded.size = decoded.image.height, decoded.image.width
+    if scale > 1:
+        decoded.size = (width, height) if turned else (height, width)
     return decoded
 
 
@@ -206,6 +221,15 @@ def _plugin(header: bytes) -> type[ImageFile.ImageFile]:
     raise PictureError(f"not a JPEG, PNG, WebP, TIFF or BMP picture (begins with {header[:8]!r}); convert it to one")
 
 
+def _reduce(image: JpegImageFile, long_side: int) -> int:
+    """Choose the scale 1/2, 1/4 or 1/8 at which libjpeg decodes, sides rounded up; returns its denominator, 1 for none."""
+    for scale in (8, 4, 2):
+        if min(image.size) >= scale and max(image.size) >= scale * long_side:
+            image.draft(None, (image.width // scale, image.height // scale))
+            return scale
+    return 1
+
+
 def _load(image: ImageFile.ImageFile) -> None:
     if image.width * image.height <= _PILLOW_LIMIT:
         image.load()
@@ -218,18 +242,19 @@ def _load(image: ImageFile.ImageFile) -> None:
             Image.MAX_IMAGE_PIXELS = kept
 
 
-def _orient(decoded: _Decoded, orientation: int) -> None:
-    """Turn the loaded picture upright; ``orientation`` is what Pillow has already applied."""
+def _orient(decoded: _Decoded, orientation: int) -> int:
+    """Turn the loaded picture upright; ``orientation`` is what Pillow has already applied.  Returns what has been applied."""
     try:
         left = decoded.image.getexif().get(_ORIENTATION, 1)
     except Exception:
         decoded.notes.append("unreadable EXIF, orientation unknown")
-        return
+        return orientation
     if left in range(2, 9):
         decoded.image = ImageOps.exif_transpose(decoded.image)
         orientation = left
     if orientation in range(2, 9):
         decoded.notes.append(f"EXIF orientation {orientation} applied")
+    return orientation
 
 
 def _numbers(decoded: _Decoded, image: Image.Image) -> np.ndarray:
@@ -247,6 +272,9 @@ def _numbers(decoded: _Decoded, image: Image.Image) -> np.ndarray:
 
 def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
     rows = max(1, _BAND // image.width)
+    if rows >= image.height:
+        yield slice(0, image.height), image
+        return
     for top in range(0, image.height, rows):
         bottom = min(top + rows, image.height)
         yield slice(top, bottom), image.crop((0, top, image.width, bottom))
@@ -276,7 +304,7 @@ def _rgb8(decoded: _Decoded) -> np.ndarray:
             white = Image.new("RGB", band.size, "white")
             white.paste(band, mask=alpha)
             band = white
-        out[rows] = np.asarray(band.convert("RGB"))
+        out[rows] = np.asarray(band if band.mode == "RGB" else band.convert("RGB"))
     if composited:
         notes.append("alpha composited on white")
     return out

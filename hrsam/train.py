@@ -173,7 +173,8 @@ def open_feed(settings: TrainSettings, model: HRSAM, process: int, processes: in
     first = Stream(settings.stream(settings.phases[0], parts), world=parts, measure=measure)
 
     def stream(phase: Phase) -> Stream:
-        return Stream(settings.stream(phase, parts), world=parts, measure=measure, pictures=first.pictures)
+        pin = model.device.type == "cuda"
+        return Stream(settings.stream(phase, parts), world=parts, measure=measure, pictures=first.pictures, pin=pin)
 
     for phase in settings.phases:
         stream(phase)  # what cannot be shared is refused now and not after hours

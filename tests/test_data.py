@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hrsam.data.bank import PhotoBank
+from hrsam.data.bank import PhotoBank, box_and_anchor, make_entry
 from hrsam.data.jpeg import jpeg_artefacts
 from hrsam.data.transforms import MEAN, STD, CanvasSettings, make_batch
+from hrsam.data.warp import Placement, linear, warp
 
 RED = (230, 20, 20)
 COLOURS = (RED, (20, 210, 20), (30, 30, 240), (230, 220, 20), (20, 220, 220))
@@ -127,6 +128,27 @@ def test_bank_shrinks_large_photos_and_sorts_over_folders(tmp_path):
     assert bank.masks[1, y, x] == 255  # the middle of a ring is no part of it
 
 
+def test_a_bank_of_entries_is_what_numpy_makes_of_them():
+    """Photos of all shapes, one as large as its square, with one to three masks."""
+    rng = np.random.default_rng(0)
+    shapes, counts = ((40, 64), (64, 21), (64, 64), (1, 64), (7, 5)), (1, 3, 2, 1, 2)
+    photos = [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    masks = [rng.random((count, *shape)) < 0.3 for shape, count in zip(shapes, counts)]
+    bank = PhotoBank.of([make_entry(*both, f"part/{i}") for i, both in enumerate(zip(photos, masks))], 64)
+    assert bank.names == tuple(f"part/{i}" for i in range(5))
+    assert bank.sizes.tolist() == [[width, height] for height, width in shapes]
+    assert (bank.count.tolist(), bank.first.tolist()) == ([1, 3, 2, 1, 2], [0, 1, 4, 6, 7])
+    assert bank.owners.tolist() == [0, 1, 1, 1, 2, 2, 3, 4, 4]
+    for i, pixels in enumerate(photos):
+        beyond = [(0, 64 - side) for side in shapes[i]]
+        assert np.array_equal(bank.photos[i], np.pad(pixels.transpose(2, 0, 1), [(0, 0), *beyond], mode="edge"))
+        assert np.array_equal(bank.colours[i], (pixels.mean((0, 1)) / 255).astype(np.float32))
+        for k, mask in enumerate(masks[i], start=int(bank.first[i])):
+            assert np.array_equal(bank.masks[k], np.pad(mask, beyond, mode="edge") * np.uint8(255))
+            box, anchor = box_and_anchor(mask)
+            assert (tuple(bank.boxes[k].tolist()), tuple(bank.anchors[k].tolist())) == (box, anchor)
+
+
 def test_split_is_disjoint_and_complete(bank):
     train, held_out = bank.split(every=2)
     assert train.names == bank.names[::2]
@@ -167,6 +189,62 @@ def test_with_everything_off_the_canvas_is_the_photo(bank, mirror):
         torch.testing.assert_close(pixels, want, atol=0.01, rtol=0)
         seen.add(sample.name)
     assert len(seen) == 5
+
+
+def warped(photo, masks, size, placement, side):
+    """What :func:`warp` reads for one canvas, by definition: each pixel by itself, in float64."""
+    (a, b), (c, d) = placement.matrix.double().tolist()
+    (sx, sy), (tx, ty), (width, height) = (x.double().tolist() for x in (placement.source, placement.target, size))
+    smooth = F.avg_pool2d(masks.double() / 255, 3, 1, 1, count_include_pad=False) * 0.7 + masks.double() / 255 * 0.3
+    planes, shrink = torch.cat((photo.double() / 255, smooth)), 1.0
+    while shrink > 1 / 8 and abs(a * d - b * c) ** 0.5 / shrink < 2**-0.7:
+        planes, shrink = F.avg_pool2d(planes, 2), shrink / 2
+    y, x = (places + 0.5 for places in np.mgrid[:side, :side])
+    u = (d * (x - tx) - b * (y - ty)) / (a * d - b * c) + sx
+    v = (a * (y - ty) - c * (x - tx)) / (a * d - b * c) + sy
+    inside = (u >= 0) & (u <= width) & (v >= 0) & (v <= height)
+    u, v = (np.maximum(np.minimum(p * shrink, n * shrink - 0.5), 0.5) - 0.5 for p, n in ((u, width), (v, height)))
+    left, top = np.floor(u).astype(int), np.floor(v).astype(int)
+    right, below = (np.minimum(place + 1, planes.shape[-1] - 1) for place in (left, top))
+    across, down = u - left, v - top
+    planes = planes.numpy()
+    upper = planes[:, top, left] * (1 - across) + planes[:, top, right] * across
+    lower = planes[:, below, left] * (1 - across) + planes[:, below, right] * across
+    return upper * (1 - down) + lower * down, inside
+
+
+def test_photos_are_seen_where_their_placement_says():
+    """At all levels, turned, stretched and mirrored, against the definition."""
+    rng, side = torch.Generator().manual_seed(0), 48
+    shapes = ((64, 64), (40, 64), (64, 23), (9, 64))
+    made = np.random.default_rng(0)
+    entries = [
+        make_entry(made.integers(0, 256, (*shape, 3), dtype=np.uint8), made.random((2, *shape)) < 0.5, str(i))
+        for i, shape in enumerate(shapes)
+    ]
+    bank = PhotoBank.of(entries, 64)
+    count = 24
+    photo = torch.arange(count) % 4
+    masks = torch.stack((bank.first[photo], bank.first[photo] + 1), 1)
+    across, angle = torch.exp2(-5 * torch.rand(count, generator=rng) + 1.5), torch.rand(count, generator=rng) * 6
+    matrix = linear(across, across * 1.2, torch.rand(count, generator=rng) < 0.5, angle)
+    source = bank.sizes[photo] * torch.rand(count, 2, generator=rng)
+    placement = Placement(matrix, source, side * torch.rand(count, 2, generator=rng))
+    colours, soft, valid = warp(bank, photo, masks, placement, side)
+    for i in range(count):
+        own = Placement(*(x[i] for x in (matrix, source, placement.target)))
+        want, inside = warped(bank.photos[photo[i]], bank.masks[masks[i]], bank.sizes[photo[i]], own, side)
+        np.testing.assert_allclose(torch.cat((colours[i], soft[i])), want, atol=2e-4)
+        assert np.array_equal(valid[i, 0], inside)
+
+
+@pytest.mark.parametrize("chance", ["copy_paste", "blur", "noise", "jpeg"])
+def test_what_is_left_out_is_as_if_it_never_came_up(bank, chance):
+    """The draws after it are the same."""
+    never, hardly = (draw(bank, 6, 64, seed=3, **{chance: value}) for value in (0, 1e-12))
+    assert torch.equal(never.pixels, hardly.pixels)
+    assert torch.equal(never.truth, hardly.truth)
+    assert not torch.equal(never.pixels, draw(bank, 6, 64, seed=3, **{chance: 1}).pixels)
 
 
 def test_mask_lies_on_its_object(bank):
@@ -341,6 +419,9 @@ def test_wrong_arguments_and_settings_are_refused(bank):
         CanvasSettings(scale=(2, 1))
     with pytest.raises(ValueError, match="copypaste"):
         CanvasSettings(copypaste=0)
+    for name in ("aspect", "rotation", "paste_rotation", "brightness", "hue", "noise_strength"):
+        with pytest.raises(ValueError, match=f"{name}\n.*greater than or equal to 0"):
+            CanvasSettings(**{name: -0.1})
     with pytest.raises(ValueError, match="long_side=60"):
         PhotoBank.load([], long_side=60)
 

@@ -63,6 +63,43 @@ def test_jpeg_colour():
     assert np.abs(read_image(encoded(flat, "JPEG", quality=95)).pixels.astype(int) - flat).max() <= 3
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("shape", "long_side", "scale"),
+    [((300, 401), 200, 2), ((403, 302), 200, 2), ((300, 401), 201, 1), ((643, 803), 100, 8), ((645, 797), 100, 4),
+     ((7, 900), 100, 4), ((2, 900), 500, 1)],
+)  # fmt: skip
+def test_large_jpegs_come_smaller_and_in_place(shape, long_side, scale, orientation):
+    """As what averaging makes of the whole picture, to the edges; ``size`` stays the file's."""
+    height, width = shape
+    y, x = np.mgrid[:height, :width] / max(shape)
+    waves = [127 + 100 * np.sin(8 * x + 5 * y), 127 + 100 * np.cos(6 * y), 255 * x / x.max()]
+    pixels = np.stack(waves, 2).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = encoded(np.rot90(pixels, {1: 0, 3: 2, 6: 1}[orientation]), "JPEG", quality=95, subsampling=0, exif=exif)
+    picture = read_image(data, long_side=long_side)
+    assert picture.size == shape
+    assert ("1/" in str(picture.notes)) == (scale > 1)
+    assert all(abs(got - full / scale) <= 0.5 for got, full in zip(picture.pixels.shape, shape))
+    assert max(picture.pixels.shape) >= min(long_side, max(shape))
+    want = cv2.resize(pixels, picture.pixels.shape[1::-1], interpolation=cv2.INTER_AREA)
+    off = np.abs(picture.pixels.astype(int) - want)
+    assert off.mean() < 2
+    assert off.max() <= 10  # half a pixel beside its place, at the far edge
+    assert np.array_equal(read_image(data).pixels.shape, (*shape, 3))
+    with pytest.raises(PictureError, match="cannot be read"):
+        read_image(data[: len(data) // 2], long_side=long_side)
+
+
+def test_other_kinds_come_whole():
+    large = RNG.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    for kind in ("PNG", "BMP", "TIFF"):
+        picture = read_image(encoded(large, kind), long_side=10)
+        np.testing.assert_array_equal(picture.pixels, large)
+        assert (picture.size, picture.notes) == ((40, 50), ())
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1)])
 def test_thin_pictures(shape):
     pixels = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -91,6 +128,7 @@ def test_exif_orientation(kind, orientation):
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     picture = read_image(encoded(np.ascontiguousarray(stored), kind, exif=exif, **options))
     assert picture.pixels.shape == upright.shape
+    assert picture.size == upright.shape[:2]
     assert np.abs(picture.pixels.astype(int) - upright).max() <= 4
     assert picture.notes == ((f"EXIF orientation {orientation} applied",) if orientation > 1 else ())
 

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from contextlib import closing
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hrsam.data import shot as shots
 from hrsam.data import transforms
 from hrsam.data.bank import PhotoBank
 from hrsam.data.jpeg import mix_colours
@@ -273,6 +275,28 @@ def test_canvases_come_from_the_bank_that_holds_the_files(root):
     assert sides == {32, 48}
 
 
+def test_large_jpegs_are_not_decoded_whole_and_lie_under_their_masks(tmp_path, monkeypatch):
+    pixels = np.full((603, 805, 3), 90, np.uint8)
+    pixels[401:, 299:] = (200, 40, 90)
+    mask = (pixels == (200, 40, 90)).all(2)
+    save(tmp_path / "images" / "a.jpg", pixels)
+    save(tmp_path / "masks" / "a.png", mask.astype(np.uint8) * 255)
+    shapes = []
+    resize = shots.resize
+    monkeypatch.setattr(shots, "resize", lambda array, size: shapes.append(array.shape) or resize(array, size))
+    run = settings(tmp_path, batch=1, packed=None, canvases=Canvases(sides=(64,), photo_side=64))
+    bank = Stream(run).batch(0).bank
+    assert shapes[0] == (75, 101, 3)
+    assert bank.sizes.tolist() == [[64, 48]]
+    seen = (bank.photos[0].int() - torch.tensor([200, 40, 90]).view(3, 1, 1)).abs().sum(
+        0
+    ) < 80  # nearer than the other colour
+    wrong = seen ^ (bank.masks[0] > 0)
+    assert wrong.sum() < 0.02 * seen.sum()
+    whole = PhotoBank.load([tmp_path], long_side=64, threads=1)
+    assert torch.equal(bank.photos, whole.photos)
+
+
 def test_sets_count_by_their_pictures(root, tmp_path):
     save(tmp_path / "other" / "images" / "q.png", photo(30, 30))
     save(tmp_path / "other" / "masks" / "q.png", np.full((30, 30), 255, np.uint8))
@@ -320,6 +344,25 @@ def test_the_same_bytes_for_any_number_of_workers(root, form):
             for step in range(first, 9):
                 assert_same(next(batches), want[step])
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("form", [settings, canvases])
+def test_a_batch_is_put_together_while_the_one_before_is_in_use(root, form, monkeypatch):
+    """By a thread, and with processes only."""
+    made = []
+    assemble = Stream._batch
+    monkeypatch.setattr(Stream, "_batch", lambda *args: made.append(threading.current_thread()) or assemble(*args))
+    with closing(Stream(form(root, workers=1)).batches()) as batches:
+        next(batches)
+        end = time.monotonic() + 30
+        while len(made) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    assert threading.main_thread() not in made
+    made.clear()
+    with closing(Stream(form(root)).batches()) as batches:
+        next(batches)
+    assert made == [threading.main_thread()]
 
 
 def test_processes_end_when_their_owner_is_killed(root):

@@ -4,12 +4,16 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
+from concurrent.futures import Future
+from contextlib import closing
 
+import numpy as np
 import pytest
 
 from hrsam.data import workers
-from hrsam.data.workers import WorkerError, ahead
+from hrsam.data.workers import WorkerError, ahead, one_ahead
 
 
 def test_results_come_in_order_through_pipes_and_are_not_too_far_ahead():
@@ -34,6 +38,31 @@ def test_results_come_in_order_through_pipes_and_are_not_too_far_ahead():
 
 def megabytes(number):
     return bytes([number]) * 3_000_000
+
+
+def arrays(number):
+    rng = np.random.default_rng(number)
+    large = rng.integers(0, 256, (3, 700, 900 + number), dtype=np.uint8)
+    flags = rng.random((2, 5)) < 0.5
+    return {
+        "large": large,
+        "turned": large[:, ::-2].T,
+        "flags": flags,
+        "none": np.zeros((0, 4), np.float32),
+        "n": number,
+    }
+
+
+def test_arrays_come_as_they_are_and_can_be_written_to():
+    """Whatever their layout, and however many pipes' fillings they are long."""
+    with closing(ahead(arrays, range(5), workers=2, most=3, patience=60, name=str)) as results:
+        for number, got in enumerate(results):
+            want = arrays(number)
+            assert got.pop("n") == want.pop("n")
+            for name, array in want.items():
+                assert got[name].dtype == array.dtype
+                assert np.array_equal(got[name], array), name
+                got[name][...] = 1
 
 
 def fail(number):
@@ -93,3 +122,46 @@ def test_a_process_that_does_not_start_is_told(monkeypatch):
     with pytest.raises(WorkerError, match=r"process \d+ has not started"):
         next(ahead(megabytes, range(2), workers=2, most=1, patience=60, name=str))
     assert multiprocessing.active_children() == []
+
+
+# ---------------------------------------------------------------- one more, made by a thread
+
+
+def counted(upto, made):
+    for number in range(upto):
+        made.append(number)
+        yield number
+    raise ValueError(f"no {upto}")
+
+
+def test_the_next_item_is_made_while_one_is_in_use_and_no_other():
+    made = []
+    before = set(threading.enumerate())
+    items = one_ahead(counted(3, made), Future())
+    assert made == []
+    for number in range(2):
+        assert next(items) == number
+        end = time.monotonic() + 30
+        while len(made) < number + 2:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(made) == number + 2
+    assert next(items) == 2
+    with pytest.raises(ValueError, match="no 3"):  # in its place, behind the items that could be made
+        next(items)
+    assert list(one_ahead((n for n in range(4)), Future())) == [0, 1, 2, 3]
+    assert set(threading.enumerate()) <= before
+
+
+def test_closing_does_not_wait_for_what_is_being_made():
+    """Neither for a process that stands still, however patient one is with it, nor before the first item."""
+    for taken in (0, 3):
+        broken = Future()
+        results = ahead(freeze, range(9), workers=1, most=1, patience=600, name=str, broken=broken)
+        items = one_ahead(results, broken)
+        assert [next(items) for _ in range(taken)] == list(range(taken))
+        began = time.monotonic()
+        items.close()
+        assert time.monotonic() - began < 5
+        assert multiprocessing.active_children() == []

@@ -70,20 +70,16 @@ class PhotoBank:
         def decode(i: int) -> str | None:
             picture, paths = files[i]
             try:
-                pixels = read_image(picture).pixels
-                objects = [read_object(path, picture, pixels) for path in paths]
+                read = read_image(picture, long_side=side)
+                objects = [read_object(path, picture, read.size) for path in paths]
             except ValueError as error:
                 return str(error)
-            height, width = pixels.shape[:2]
-            size = resized(height, width, side, enlarge=False)
-            pixels = resize(pixels, size)
-            sizes[i] = pixels.shape[1::-1]
-            colours[i] = pixels.mean((0, 1)) / 255
-            photos[i] = filled(pixels, side).transpose(2, 0, 1)
-            for k, mask in enumerate(objects, start=first[i]):
-                mask = resize_mask(mask, size)
-                boxes[k], anchors[k] = box_and_anchor(mask)
-                masks[k] = filled(mask.astype(np.uint8) * 255, side)
+            size = resized(*read.size, side, enlarge=False)
+            entry = make_entry(resize(read.pixels, size), np.stack([resize_mask(mask, size) for mask in objects]), "")
+            own = slice(first[i], first[i] + count[i])
+            sizes[i], colours[i], boxes[own], anchors[own] = size[::-1], entry.colour, entry.boxes, entry.anchors
+            lay(entry.planes, photos[i])
+            lay(entry.masks, masks[own])
             return None
 
         with ThreadPoolExecutor(threads) as pool:
@@ -103,6 +99,30 @@ class PhotoBank:
             names=tuple(f"{picture.parent.parent.name}/{picture.stem}" for picture, _ in files),
         )
 
+    @classmethod
+    def of(cls, entries: Sequence[Entry], side: int, *, pin: bool = False) -> PhotoBank:
+        """At least one photo, each at most ``side`` wide and high, in main memory; ``pin``: page-locked, for copies to CUDA
+        that nothing waits for."""
+        count = torch.tensor([len(entry.masks) for entry in entries])
+        photos = torch.empty(len(entries), 3, side, side, dtype=torch.uint8, pin_memory=pin)
+        masks = torch.empty(int(count.sum()), side, side, dtype=torch.uint8, pin_memory=pin)
+        first = count.cumsum(0) - count
+        for i, entry in enumerate(entries):
+            lay(entry.planes, photos[i].numpy())
+            lay(entry.masks, masks[first[i] : first[i] + count[i]].numpy())
+        return cls(
+            photos=photos,
+            sizes=torch.tensor([entry.planes.shape[:0:-1] for entry in entries], dtype=torch.float32),
+            colours=torch.from_numpy(np.stack([entry.colour for entry in entries])),
+            first=first,
+            count=count,
+            masks=masks,
+            owners=torch.repeat_interleave(torch.arange(len(entries)), count),
+            boxes=torch.from_numpy(np.concatenate([entry.boxes for entry in entries])),
+            anchors=torch.from_numpy(np.concatenate([entry.anchors for entry in entries])),
+            names=tuple(entry.name for entry in entries),
+        )
+
     def __len__(self) -> int:
         """Number of photos."""
         return len(self.names)
@@ -117,9 +137,10 @@ class PhotoBank:
         return self.photos.device
 
     def to(self, device: torch.device | str) -> PhotoBank:
-        """The same bank on another device."""
+        """The same bank on another device.  Nothing waits for a copy from main memory; one to it is complete."""
         tensors = [field.name for field in fields(self) if field.name != "names"]
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        coming = self.device.type == "cpu"
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=coming) for name in tensors})
 
     def split(self, every: int = 25) -> tuple[PhotoBank, PhotoBank]:
         """(training, held out): photos ``every - 1``, ``2 * every - 1``, … are held out; both are copies."""
@@ -154,10 +175,35 @@ class PhotoBank:
                 yield Sample(pixels, mask, f"{name}#{k}", name.split("/")[0])
 
 
-def filled(array: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, …) in the top left of a square of ``side``, which repeats the last row and column."""
-    height, width = array.shape[:2]
-    return np.pad(array, ((0, side - height), (0, side - width)) + ((0, 0),) * (array.ndim - 2), mode="edge")
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One photo of a bank at its own size: ``planes`` (3, h, w) and ``masks`` (K, h, w) uint8, and of the bank's ``colours``,
+    ``boxes`` and ``anchors`` what is its own, (3,), (K, 4) and (K, 2) float32."""
+
+    planes: np.ndarray
+    masks: np.ndarray
+    colour: np.ndarray
+    boxes: np.ndarray
+    anchors: np.ndarray
+    name: str
+
+
+def make_entry(pixels: np.ndarray, masks: np.ndarray, name: str) -> Entry:
+    """``pixels`` (h, w, 3) uint8 RGB and ``masks`` (K, h, w) bool, none empty, at the size that they are trained at."""
+    import cv2
+
+    planes = np.stack(cv2.split(pixels))
+    colour = np.array(cv2.sumElems(pixels)[:3]) / planes[0].size / 255
+    boxes, anchors = (np.array(each, np.float32) for each in zip(*map(box_and_anchor, masks)))
+    return Entry(planes, np.where(masks, np.uint8(255), np.uint8(0)), colour.astype(np.float32), boxes, anchors, name)
+
+
+def lay(planes: np.ndarray, squares: np.ndarray) -> None:
+    """Put (K, h, w) into the top left of ``squares`` (K, P, P), which repeat the last row and column from there on."""
+    height, width = planes.shape[-2:]
+    squares[:, :height, :width] = planes
+    squares[:, :height, width:] = planes[:, :, -1:]
+    squares[:, height:] = squares[:, height - 1 : height]
 
 
 def box_and_anchor(mask: np.ndarray) -> tuple[tuple[float, ...], tuple[float, float]]:

@@ -111,14 +111,14 @@ def _match(
     return _Matched(pairs, bare, strays, twins, unprintable)
 
 
-def read_object(path: Path, picture: Path, pixels: np.ndarray) -> np.ndarray:
-    """The mask (H, W) bool in ``path``, any value above 0, of the ``pixels`` (H, W, 3) read from ``picture``.
+def read_object(path: Path, picture: Path, size: tuple[int, int]) -> np.ndarray:
+    """The mask (H, W) bool in ``path``, any value above 0, of the ``picture`` of this ``size`` (H, W).
 
     Raises ``ValueError`` that names the file when it cannot be read, has another size or holds no object.
     """
     mask = read_mask(path)
-    if mask.shape != pixels.shape[:2]:
-        raise ValueError(wrong_size(path, mask.shape, pixels.shape, picture.name))
+    if mask.shape != size:
+        raise ValueError(wrong_size(path, mask.shape, size, picture.name))
     if not mask.any():
         raise ValueError(f"{path} holds no object (every value is 0); remove it or draw the object")
     return mask

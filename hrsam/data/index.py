@@ -46,11 +46,16 @@ class Item:
     picture: Path
     mask: MaskSource
 
-    def sample(self, pixels: np.ndarray) -> Sample:
-        """The object in its picture, given as ``pixels`` (H, W, 3) uint8; ``ValueError`` that names the mask."""
-        mask, ignore = self.mask.read(*pixels.shape[:2])
+    def read(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """The object's (mask, ignore) in a picture of this size; ``ValueError`` that names the mask."""
+        mask, ignore = self.mask.read(height, width)
         if not mask.any():
             raise ValueError(f"{self.mask.where} holds no object; remove it or draw the object")
+        return mask, ignore
+
+    def sample(self, pixels: np.ndarray) -> Sample:
+        """The object in its picture, given as ``pixels`` (H, W, 3) uint8; ``ValueError`` that names the mask."""
+        mask, ignore = self.read(*pixels.shape[:2])
         return Sample(pixels, mask, self.name, self.group, ignore)
 
 

@@ -26,13 +26,12 @@ def jpeg_artefacts(colours: Tensor, quality: Tensor) -> Tensor:
     batch, _, height, width = colours.shape
     basis, tables, to_ycc, to_rgb = _jpeg_constants(colours.device)
     factor = torch.where(quality < 50, 50 / quality, 2 - quality / 50).view(-1, 1, 1)
-    steps = (tables * factor + 0.5).floor().clamp(1, 255).unsqueeze(3)  # (B, 3, 64, 1)
-    zero = torch.zeros(batch, 3, device=colours.device)
-    planes = mix_colours(colours * 255 - 128, to_ycc.expand(batch, 3, 3), zero)
+    steps = (tables * factor + 0.5).floor().clamp(1, 255)  # (B, 3, 64)
+    planes = mix_colours(colours, *(constant.expand(batch, *constant.shape) for constant in to_ycc))
     blocks = F.pixel_unshuffle(planes.view(batch * 3, 1, height, width), 8).view(batch, 3, 64, -1)
-    blocks = basis.T @ ((basis @ blocks / steps).round() * steps)
+    blocks = (basis.T * steps.unsqueeze(2)) @ ((basis / steps.unsqueeze(3)) @ blocks).round_()
     planes = F.pixel_shuffle(blocks.view(batch * 3, 64, height // 8, width // 8), 8).view(batch, 3, height, width)
-    return ((mix_colours(planes, to_rgb.expand(batch, 3, 3), zero) + 128) / 255).clamp(0, 1)
+    return mix_colours(planes, *(constant.expand(batch, *constant.shape) for constant in to_rgb)).clamp_(0, 1)
 
 
 # fmt: off
@@ -48,8 +47,9 @@ _CHROMA_STEPS = (
 
 
 @lru_cache(maxsize=8)
-def _jpeg_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Orthonormal 64 × 64 cosine basis, (3, 64) steps, RGB → YCbCr about grey, and back."""
+def _jpeg_constants(device: torch.device) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Orthonormal 64 × 64 cosine basis, (3, 64) steps, and matrix (3, 3) and offset (3,) of RGB in [0, 1] → YCbCr from -128 to
+    127, and back."""
     frequency, place = torch.arange(8.0, dtype=torch.float64).view(8, 1), torch.arange(8.0, dtype=torch.float64)
     cosine = torch.cos(math.pi / 8 * frequency * (place + 0.5)) / 2
     cosine[0] /= math.sqrt(2)
@@ -62,7 +62,10 @@ def _jpeg_constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tenso
         ],
         dtype=torch.float64,
     )
+    middle = torch.tensor([128.0, 0.0, 0.0], dtype=torch.float64)  # grey, of which the colour planes have nothing
     tables = torch.tensor([_LUMA_STEPS, _CHROMA_STEPS, _CHROMA_STEPS])
-    constants = (torch.kron(cosine, cosine), tables, to_ycc, torch.linalg.inv(to_ycc))
-    basis, tables, to_ycc, to_rgb = (constant.float().to(device) for constant in constants)
-    return basis, tables, to_ycc, to_rgb
+    basis, tables = torch.kron(cosine, cosine).float().to(device), tables.float().to(device)
+    to_rgb = torch.linalg.inv(to_ycc)
+    there, back = (255 * to_ycc, -middle), (to_rgb / 255, to_rgb @ middle / 255)
+    (a, b), (c, d) = ((matrix.float().to(device), offset.float().to(device)) for matrix, offset in (there, back))
+    return basis, tables, (a, b), (c, d)

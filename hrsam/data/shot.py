@@ -67,12 +67,12 @@ class Unusable:
 def load_shot(shot: Shot) -> Photo | Unusable:
     """Read, resize, mirror, recolour.  The same shot gives the same bytes wherever it is loaded."""
     try:
-        pixels = read_image(shot.picture).pixels
-        masks = _objects(shot, pixels)
+        picture = read_image(shot.picture, long_side=shot.side)
+        masks = _objects(shot, *picture.size)
     except ValueError as error:
         return Unusable(str(error))
-    size = resized(pixels.shape[0], pixels.shape[1], shot.side, shot.enlarge)
-    pixels = resize(pixels, size)
+    size = resized(*picture.size, shot.side, shot.enlarge)
+    pixels = resize(picture.pixels, size)
     masks = np.stack([resize_mask(mask, size) for mask in masks])
     rng = np.random.default_rng(shot.seed)
     if rng.random() < shot.mirror:
@@ -82,18 +82,19 @@ def load_shot(shot: Shot) -> Photo | Unusable:
     return Photo(pixels, masks, shot.name, shot.seed)
 
 
-def _objects(shot: Shot, pixels: np.ndarray) -> list[np.ndarray]:
-    """The first masks of a fitting size, else the largest of all."""
+def _objects(shot: Shot, height: int, width: int) -> list[np.ndarray]:
+    """The first masks (height, width) of a fitting size, else the largest of all."""
     fitting: list[np.ndarray] = []
-    largest: np.ndarray | None = None
+    largest, most = None, 0
     for item in shot.items:
-        sample = item.sample(pixels)
-        if sample.ignore is not None:
+        mask, ignore = item.read(height, width)
+        if ignore is not None:
             raise ValueError(f"{item.mask.where} has pixels to ignore, which training does not know; leave the set out")
-        if AREA[0] <= sample.mask.mean() <= AREA[1]:
-            fitting.append(sample.mask)
-        elif largest is None or sample.mask.sum() > largest.sum():
-            largest = sample.mask
+        area = np.count_nonzero(mask)
+        if AREA[0] <= area / mask.size <= AREA[1]:
+            fitting.append(mask)
+        elif area > most:
+            largest, most = mask, area
         if len(fitting) == shot.objects:
             break
     if fitting:

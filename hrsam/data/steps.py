@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from functools import lru_cache
 from typing import TypeVar
@@ -45,6 +46,7 @@ def load_steps(
     most: int,
     patience: float,
     name: Callable[[Task], str],
+    broken: Future[None] | None = None,
 ) -> Generator[tuple[int, int, list[Result]], None, None]:
     """(step, rank, what ``load`` makes of ``tasks(step, rank)``): steps from ``first`` on without end, each with all ``ranks``.
 
@@ -59,7 +61,7 @@ def load_steps(
                 dealt.append((step, rank, len(mine)))
                 yield from mine
 
-    loaded = ahead(load, all_tasks(), workers=workers, most=most, patience=patience, name=name)
+    loaded = ahead(load, all_tasks(), workers=workers, most=most, patience=patience, name=name, broken=broken)
     with closing(loaded):
         for result in loaded:
             step, rank, count = dealt.popleft()

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +19,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from hrsam.config import Settings
-from hrsam.data.bank import PhotoBank, box_and_anchor, filled
+from hrsam.data.bank import Entry, PhotoBank, make_entry
 from hrsam.data.datasets import open_dataset
 from hrsam.data.index import Item
 from hrsam.data.packing import best_fit, longest_first
@@ -31,6 +31,7 @@ from hrsam.data.resize import resized
 from hrsam.data.shot import CANDIDATES, PATCH, Photo, Shot, Unusable, load_shot
 from hrsam.data.steps import Epochs, load_steps
 from hrsam.data.transforms import Chance
+from hrsam.data.workers import one_ahead
 
 logger = logging.getLogger("hrsam")
 
@@ -129,7 +130,8 @@ def patches(height: int, width: int) -> tuple[int, float]:
 
 class Stream:
     """Batches of a ``world`` of ranks.  ``measure``: what a picture costs the encoder, for packs and equal work on all ranks.
-    ``pictures``: those of another stream of the same sets, which then need not be read again.
+    ``pictures``: those of another stream of the same sets, which then need not be read again.  ``pin``: canvases' photos in
+    page-locked memory, for CUDA.
 
     ``skipped``: pictures left out so far.  Raises ``ValueError`` for sets that cannot be read, fewer pictures a step than
     ranks, and canvases that cannot be shared equally.
@@ -142,11 +144,12 @@ class Stream:
         world: int = 1,
         measure: Measure = patches,
         pictures: Sequence[tuple[Path, tuple[Item, ...]]] | None = None,
+        pin: bool = False,
     ):
         if settings.batch < world or (settings.canvases and settings.batch % world):
             need = f"a multiple of {world}" if settings.canvases else f"at least {world}"
             raise ValueError(f"got {settings.batch} pictures a step for {world} devices; give {need}")
-        self.settings, self.world, self.measure = settings, world, measure
+        self.settings, self.world, self.measure, self.pin = settings, world, measure, pin
         self.pictures = _pictures(settings) if pictures is None else pictures
         self.skipped = 0
         self._long_said = False
@@ -177,23 +180,36 @@ class Stream:
 
     def batch(self, step: int, rank: int = 0) -> PackedBatch | CanvasBatch:
         """A rank's batch of a step, loaded here and now."""
-        return self._batch(step, rank, [load_shot(shot) for shot in self.shots(step, rank)])
+        return self._batch(step, rank, [self._load(shot) for shot in self.shots(step, rank)])
 
     def batches(self, first: int = 0, ranks: Sequence[int] = (0,)) -> Generator[PackedBatch | CanvasBatch, None, None]:
-        """:meth:`batch` of ``first`` and all steps after it, for each of the ``ranks``, loaded ahead; close it to end them.
+        """:meth:`batch` of ``first`` and all steps after it, for each of the ``ranks``; close it to end what loads them.
+
+        With processes they are loaded ahead, and a thread puts the next batch together while the caller works on one.
 
         Raises ``ValueError`` that names a file, and :class:`hrsam.data.workers.WorkerError` that names the file of a process
         which died or stands still.
         """
+        broken: Future[None] = Future()
+        made = self._made(first, ranks, broken)
+        return one_ahead(made, broken) if self.settings.workers else made
+
+    def _made(
+        self, first: int, ranks: Sequence[int], broken: Future[None]
+    ) -> Generator[PackedBatch | CanvasBatch, None, None]:
         settings = self.settings
         steps = load_steps(
-            load_shot, self.shots, ranks, first, workers=settings.workers,
+            self._load, self.shots, ranks, first, workers=settings.workers,
             most=settings.prefetch * len(ranks) * -(-settings.batch // self.world), patience=settings.patience,
-            name=lambda shot: str(shot.picture),
+            name=lambda shot: str(shot.picture), broken=broken,
         )  # fmt: skip
         with closing(steps):
             for step, rank, loaded in steps:
                 yield self._batch(step, rank, loaded)
+
+    @property
+    def _load(self) -> Callable[[Shot], Photo | Entry | Unusable]:
+        return load_shot if self.settings.canvases is None else load_entry
 
     def _shot(self, position: int) -> Shot:
         """``position``: number of pictures of all ranks before this one since the first step."""
@@ -213,11 +229,11 @@ class Stream:
         """``what`` is drawn: 1 what happens to a picture, 2 a step's side; 0 is the order of an epoch."""
         return np.random.default_rng([what, self.settings.seed, *place])
 
-    def _batch(self, step: int, rank: int, loaded: Sequence[Photo | Unusable]) -> PackedBatch | CanvasBatch:
-        photos = []
+    def _batch(self, step: int, rank: int, loaded: Sequence[Photo | Entry | Unusable]) -> PackedBatch | CanvasBatch:
+        usable: list[Photo | Entry] = []
         for photo in loaded:
-            if isinstance(photo, Photo):
-                photos.append(photo)
+            if not isinstance(photo, Unusable):
+                usable.append(photo)
             elif self.settings.on_error == "stop":
                 raise ValueError(f"{photo.why}; or leave such pictures out with on_error=skip")
             else:
@@ -225,18 +241,26 @@ class Stream:
                 logger.warning("step %d: left out, %s (%d so far)", step, photo.why, self.skipped)
         if self.settings.canvases is not None:
             sides = self.settings.canvases.sides
-            if not photos:
+            if not usable:
                 raise ValueError(
                     f"none of the {len(loaded)} pictures of step {step} can be used; see the warnings above"
                 )
             side = sides[self._rng(2, step).integers(len(sides))]
-            return CanvasBatch(step, rank, _bank(photos, self.settings.canvases.photo_side), side)
+            entries = [entry for entry in usable if isinstance(entry, Entry)]
+            return CanvasBatch(step, rank, PhotoBank.of(entries, self.settings.canvases.photo_side, pin=self.pin), side)
         assert self.settings.packed is not None
+        photos = [photo for photo in usable if isinstance(photo, Photo)]
         tokens, most = [self.measure(*photo.pixels.shape[:2])[0] for photo in photos], self.settings.packed.tokens
         if max(tokens, default=0) > most and not self._long_said:
             self._long_said = True
             logger.warning("%d tokens of a picture are more than a pack of %d; such are packs alone", max(tokens), most)
         return PackedBatch(step, rank, tuple(tuple(photos[i] for i in pack) for pack in best_fit(tokens, most)))
+
+
+def load_entry(shot: Shot) -> Entry | Unusable:
+    """:func:`hrsam.data.shot.load_shot` for a bank of photos."""
+    photo = load_shot(shot)
+    return photo if isinstance(photo, Unusable) else make_entry(photo.pixels, photo.masks, photo.name)
 
 
 def _pictures(settings: StreamSettings) -> list[tuple[Path, tuple[Item, ...]]]:
@@ -271,21 +295,3 @@ def _head(path: Path) -> tuple[int, int] | None:
 def _size(shot: Shot) -> tuple[int, int]:
     """Height and width, the sides perhaps exchanged; a square where the file does not say."""
     return _head(shot.picture) or (shot.side, shot.side)
-
-
-def _bank(photos: Sequence[Photo], side: int) -> PhotoBank:
-    count = torch.tensor([len(photo.masks) for photo in photos])
-    masks = [mask for photo in photos for mask in photo.masks]
-    boxes, anchors = zip(*map(box_and_anchor, masks))
-    return PhotoBank(
-        photos=torch.from_numpy(np.stack([filled(photo.pixels, side).transpose(2, 0, 1) for photo in photos])),
-        sizes=torch.tensor([photo.pixels.shape[1::-1] for photo in photos], dtype=torch.float32),
-        colours=torch.from_numpy(np.stack([photo.pixels.mean((0, 1)) / 255 for photo in photos]).astype(np.float32)),
-        first=count.cumsum(0) - count,
-        count=count,
-        masks=torch.from_numpy(np.stack([filled(mask.astype(np.uint8) * 255, side) for mask in masks])),
-        owners=torch.repeat_interleave(torch.arange(len(photos)), count),
-        boxes=torch.tensor(np.array(boxes), dtype=torch.float32),
-        anchors=torch.tensor(np.array(anchors), dtype=torch.float32),
-        names=tuple(photo.name for photo in photos),
-    )

@@ -1,20 +1,27 @@
 """A function applied to tasks by processes that run ahead, in order, with a watch on them.
 
-Results come through pipes, not through shared memory, which is small in containers.  One thread for each process sends it a
-task and waits for the answer, so a process that stands still never blocks the caller.
+Results come through pipes: shared memory is small in containers, and its files outlive a process that is killed.  Arrays are
+read from the pipe into the memory where they stay, one call each, without Python's lock.  One thread for each process sends
+it a task and waits for the answer, so a process that stands still never blocks the caller.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
 import queue
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, ThreadPoolExecutor, wait
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
+
+import numpy as np
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -36,19 +43,21 @@ def ahead(
     most: int,
     patience: float,
     name: Callable[[Task], str],
+    broken: Future[None] | None = None,
 ) -> Generator[Result, None, None]:
     """``map(function, tasks)`` by ``workers`` processes, at most ``most`` tasks ahead of who asks; 0: here, none ahead.
 
     ``function`` is a function of a module; tasks and results can be pickled.  What it raises is raised here, in the order of
     the tasks.  ``patience``: seconds without an answer after which a process stands still, counted while somebody waits for
-    it; ``name`` of a task, for the message.  Raises :class:`WorkerError` as soon as a process is seen to have died.
-    The processes end with the iterator: close it, or use it up.  They end by themselves when this process is killed.
+    it; ``name`` of a task, for the message.  Raises :class:`WorkerError` as soon as a process is seen to have died, and what
+    another thread sets in ``broken``.  The processes end with the iterator: close it, or use it up.  They end by themselves
+    when this process is killed.
     """
     if workers == 0:
         yield from map(function, tasks)
         return
     todo: queue.SimpleQueue[tuple[Future[Any], Any] | None] = queue.SimpleQueue()
-    broken: Future[None] = Future()
+    broken = Future() if broken is None else broken
     staff: list[_Worker] = []
     waiting: deque[Future[Any]] = deque()
     try:
@@ -67,6 +76,24 @@ def ahead(
         for worker in staff:
             worker.stop()
             todo.put(None)
+
+
+def one_ahead(items: Generator[Result, None, None], broken: Future[None]) -> Generator[Result, None, None]:
+    """``items``, each made by a thread while the caller works on the one before; ``broken`` ends their waiting for processes.
+
+    What making an item raises is raised in its place.  The thread ends with the iterator: close it, or use it up.
+    """
+    end = object()
+    thread = ThreadPoolExecutor(1)
+    try:
+        coming: Future[Any] = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
+    finally:
+        _set(broken, WorkerError("the iterator was closed"))
+        thread.shutdown()
+        items.close()
 
 
 def _await_start(worker: _Worker, broken: Future[None]) -> None:
@@ -97,7 +124,8 @@ class _Worker:
 
     def __init__(self, function: Callable[[Any], Any], todo: Any, broken: Future[None], name: Callable[[Any], str]):
         context = multiprocessing.get_context("spawn")  # a fork would inherit locks, and pipes that then never close
-        self.here, there = context.Pipe()
+        self.here, there = context.Pipe()  # of sockets
+        self.body = socket.socket(fileno=os.dup(self.here.fileno()))
         self.process = context.Process(target=_serve, args=(function, there), daemon=True)
         self.process.start()
         there.close()
@@ -119,7 +147,7 @@ class _Worker:
 
     def _talk(self, todo: Any, broken: Future[None], name: Callable[[Any], str]) -> None:
         try:
-            self.started.set_result(self.here.recv())
+            self.started.set_result(_receive(self.here, self.body))
             while (given := todo.get()) is not None and not self._stopped:
                 future, task = given
                 self.what, self.future = name(task), future
@@ -134,12 +162,13 @@ class _Worker:
             if not self._stopped:
                 _set(broken, WorkerError(f"{self._end()} while it loaded {self.what or 'its modules'}"))
         finally:
+            self.body.close()
             self.here.close()
 
     def _ask(self, task: Any) -> tuple[bool, Any]:
         try:
             self.here.send(task)
-            return self.here.recv()
+            return _receive(self.here, self.body)
         except (EOFError, OSError):
             raise
         except Exception as error:  # what cannot be pickled
@@ -157,7 +186,30 @@ def _set(broken: Future[None], error: WorkerError) -> None:
         broken.set_exception(error)
 
 
-def _serve(function: Callable[[Any], Any], pipe: Any) -> None:
+def _send(value: Any, pipe: Connection, body: socket.socket) -> None:
+    """A head, and after it the bytes of each array."""
+    arrays: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+    views = [array.raw() for array in arrays]
+    pipe.send((head, [view.nbytes for view in views]))
+    for view in views:
+        body.sendall(view)
+
+
+def _receive(pipe: Connection, body: socket.socket) -> Any:
+    head, sizes = pipe.recv()
+    arrays = [np.empty(size, np.uint8) for size in sizes]
+    for array in arrays:
+        view = array.data
+        while view.nbytes:  # a signal may cut a call short
+            count = body.recv_into(view, flags=socket.MSG_WAITALL)
+            if count == 0:
+                raise EOFError
+            view = view[count:]
+    return pickle.loads(head, buffers=arrays)
+
+
+def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
     """What a process does until its pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller gets it too and stops us
     import cv2
@@ -165,8 +217,9 @@ def _serve(function: Callable[[Any], Any], pipe: Any) -> None:
 
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+    body = socket.socket(fileno=os.dup(pipe.fileno()))
     try:
-        pipe.send(None)
+        _send(None, pipe, body)
         while True:
             task = pipe.recv()
             try:
@@ -174,10 +227,10 @@ def _serve(function: Callable[[Any], Any], pipe: Any) -> None:
             except Exception as error:
                 answer = False, error
             try:
-                pipe.send(answer)
+                _send(answer, pipe, body)
             except OSError:
                 raise
             except Exception as error:  # what cannot be pickled
-                pipe.send((False, RuntimeError(f"an answer cannot be sent: {error}")))
+                _send((False, RuntimeError(f"an answer cannot be sent: {error}")), pipe, body)
     except (EOFError, OSError):
         return
