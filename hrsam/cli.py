@@ -192,7 +192,7 @@ def evaluate(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="encoder, train-step, click, scan, attention, packing or demo.")],
+    what: Annotated[str, typer.Argument(help="encoder, train-step, click, scan, attention, packing, demo or page.")],
     out: Annotated[Optional[Path], typer.Option("--out", help="JSON report; folders are made.")] = None,  # noqa: UP045
     device: Device = "auto",
     dtype: Annotated[Optional[str], typer.Option(help="bfloat16, float16 or float32.")] = None,  # noqa: UP045

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -218,6 +218,16 @@ class Thing:
         return self.history.last.runs
 
 
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a command does: the ``object`` it changes, and all objects ``before`` and ``after``."""
+
+    command: Command
+    object: int
+    after: dict[int, Thing]
+    before: dict[int, Thing]
+
+
 class Cutting:
     """The objects of one picture.  A new one has object 1, named "object 1".
 
@@ -278,13 +288,26 @@ class Cutting:
 
         Raises ``ValueError`` for a command that is refused.  Whatever is raised, nothing has changed.
         """
-        command = parse_command(command)
-        objects, changed = self._after(command)
-        self._objects, self._log = objects, (*self._log, command)
-        self._next = max(self._next, changed + 1)
-        return changed
+        return self.accept(native.finish(self.prepare(command)))
 
-    def _after(self, command: Command) -> tuple[dict[int, Thing], int]:
+    def prepare(self, command: Command | Mapping[str, Any]) -> Generator[tuple[int, int], None, Change]:
+        """Work out what ``command`` does, to be accepted later; errors as in :meth:`apply`.
+
+        A refine pauses after each region of the picture and tells how many it has looked at, and of how many.
+        """
+        command = parse_command(command)
+        objects, changed = yield from self._after(command)
+        return Change(command, changed, objects, self._objects)
+
+    def accept(self, change: Change) -> int:
+        """Have what was prepared done; the id of the object it changes.  ``RuntimeError`` when something else came between."""
+        if change.before is not self._objects:
+            raise RuntimeError("the objects have changed since this was prepared")
+        self._objects, self._log = change.after, (*self._log, change.command)
+        self._next = max(self._next, change.object + 1)
+        return change.object
+
+    def _after(self, command: Command) -> Generator[tuple[int, int], None, tuple[dict[int, Thing], int]]:
         """The objects after ``command``, and the id of the one it changes."""
         if isinstance(command, Add):
             if len(self._objects) >= MAX_OBJECTS:
@@ -299,11 +322,11 @@ class Cutting:
         if isinstance(command, Describe):
             changed = replace(thing, name=command.name or thing.name, colour=command.colour or thing.colour)
         else:
-            changed = replace(thing, history=self._played(thing.history, command))
+            changed = replace(thing, history=(yield from self._played(thing.history, command)))
             changed.mask  # noqa: B018 - made here, so that a lack of memory refuses the command
         return {**self._objects, thing.id: changed}, thing.id
 
-    def _played(self, history: History, command: Command) -> History:
+    def _played(self, history: History, command: Command) -> Generator[tuple[int, int], None, History]:
         if isinstance(command, Undo):
             return history.undo()
         if isinstance(command, Redo):
@@ -320,7 +343,7 @@ class Cutting:
                 )
             return history.start_from(self.frame, Mask.from_rle(command.rle.model_dump()))
         if isinstance(command, Refine):
-            return native.refine(self.model, self.frame, history, self.side, self._region)
+            return (yield from native.refining(self.model, self.frame, history, self.side, self._region))
         click = None
         if isinstance(command, ClickAt):
             click = Click(command.x, command.y, command.positive)

@@ -43,26 +43,11 @@ class Mask:
 
     @classmethod
     def scan(cls, height: int, width: int, bands: Iterable[tuple[int, np.ndarray]]) -> Mask:
-        """A mask from bands of its rows, top down: number of the first row, (n, W) bool.  Rows left out are background."""
-        background = np.zeros((1, width), dtype=bool)
-        first, last, end = background, background, 0  # ``last``: row number ``end`` − 1
-        steps = [np.empty(0, np.int64)]
+        """A mask from bands of its rows as :class:`Scan` takes them."""
+        scan = Scan(height, width)
         for top, rows in bands:
-            if top > end and last.any():
-                steps.append(rle.steps_down(np.concatenate([last, background]), end - 1, height))
-                last = background
-            first = rows[:1] if top == 0 else first
-            if top > 0:
-                steps.append(
-                    rle.steps_down(np.concatenate([background if top > end else last, rows[:1]]), top - 1, height)
-                )
-            steps.append(rle.steps_down(rows, top, height))
-            last, end = rows[-1:].copy(), top + len(rows)
-        if end < height:
-            if last.any():
-                steps.append(rle.steps_down(np.concatenate([last, background]), end - 1, height))
-            last = background
-        return cls(height, width, rle.starts(np.concatenate(steps), first[0], last[0], height))
+            scan.add(top, rows)
+        return scan.mask()
 
     @classmethod
     def from_rle(cls, value: Mapping[str, Any], *, max_pixels: int = MAX_PIXELS) -> Mask:
@@ -129,3 +114,37 @@ class Mask:
         """Every s-th row and column of it, bool: all of a mask of up to ``MAX_ARRAY`` pixels, else about ``side``."""
         step = 1 if self.height * self.width <= MAX_ARRAY else max(1, max(self.height, self.width) // side)
         return self.window(0, 0, self.width, self.height, step)
+
+
+class Scan:
+    """Makes a mask of ``height`` x ``width`` out of bands of its rows, top down.  Rows left out are background."""
+
+    def __init__(self, height: int, width: int):
+        self._height, self._width = height, width
+        self._background = np.zeros((1, width), dtype=bool)
+        self._first = self._last = self._background
+        self._end = 0  # ``_last`` is the row before it
+        self._steps = [np.empty(0, np.int64)]
+
+    def add(self, top: int, rows: np.ndarray) -> None:
+        """The next band: number of its first row, (n, width) bool."""
+        if top > self._end and self._last.any():
+            self._step(self._last, self._background, self._end - 1)
+            self._last = self._background
+        self._first = rows[:1].copy() if top == 0 else self._first
+        if top > 0:
+            self._step(self._background if top > self._end else self._last, rows[:1], top - 1)
+        self._steps.append(rle.steps_down(rows, top, self._height))
+        self._last, self._end = rows[-1:].copy(), top + len(rows)
+
+    def mask(self) -> Mask:
+        """The mask, when all bands were added."""
+        if self._end < self._height:
+            if self._last.any():
+                self._step(self._last, self._background, self._end - 1)
+            self._last = self._background
+        starts = rle.starts(np.concatenate(self._steps), self._first[0], self._last[0], self._height)
+        return Mask(self._height, self._width, starts)
+
+    def _step(self, upper: np.ndarray, lower: np.ndarray, top: int) -> None:
+        self._steps.append(rle.steps_down(np.concatenate([upper, lower]), top, self._height))

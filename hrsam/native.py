@@ -13,9 +13,10 @@ With ``hrsam_pp_t.starter`` at side 1024, 12 DAVIS frames and 20 pictures of up 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from hrsam.clicks import Click
 from hrsam.frame import Frame
-from hrsam.mask import Mask
+from hrsam.mask import Mask, Scan
 from hrsam.models.model import HRSAM
 from hrsam.session import GIVEN_LOGIT, EncodedPicture, History, Prediction, Round, predict_masks
 
@@ -42,6 +43,7 @@ _BAND = 1 << 21  # pixels blended at a time
 _LEAST_MARGIN = 16  # pixels
 
 Encode = Callable[["Region"], EncodedPicture]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,13 @@ def refine(model: HRSAM, frame: Frame, history: History, side: int, encode: Enco
     ``frame``: of the whole picture; ``encode``: gives a region of it, encoded at ``side``.
     Raises ``ValueError`` when there is no mask, nothing finer to see, or no region agrees with the mask.
     """
+    return finish(refining(model, frame, history, side, encode))
+
+
+def refining(
+    model: HRSAM, frame: Frame, history: History, side: int, encode: Encode
+) -> Generator[tuple[int, int], None, History]:
+    """:func:`refine` in pieces of about the time of one region: gives how many regions were looked at, and of how many."""
     base = history.last
     if base is None or base.runs.bbox is None:
         raise ValueError("there is no mask to refine; click on the object first")
@@ -156,16 +165,35 @@ def refine(model: HRSAM, frame: Frame, history: History, side: int, encode: Enco
         raise ValueError(
             "the object takes up the picture, and all of that was seen as fine as can be; add clicks instead"
         )
+
+    def before(region: Region) -> np.ndarray:
+        return base.runs.window(region.x0, region.y0, region.x1, region.y1, _step(region, side))
+
+    regions = [region for region in regions if 0 < np.count_nonzero(mask := before(region)) < mask.size]  # an outline
     patches = []
-    for region in regions:
-        before = base.runs.window(region.x0, region.y0, region.x1, region.y1, _step(region, side))
-        if before.any() and not before.all():
-            patch = _look(model, region, base, _prior(base, region, side), encode)
-            if _agrees(patch, base, before, _step(region, side)):
-                patches.append(patch)
+    for done, region in enumerate(regions):
+        yield done, len(regions)
+        patch = _look(model, region, base, _prior(base, region, side), encode)
+        if _agrees(patch, base, before(region), _step(region, side)):
+            patches.append(patch)
     if not patches:
         raise ValueError("a closer look contradicts the mask everywhere, so it stays as it is; add clicks instead")
-    return history.then(_blended(frame, base, tuple(patches)))
+    blending = _blended(frame, base, tuple(patches))
+    while True:
+        yield len(regions), len(regions)
+        try:
+            next(blending)
+        except StopIteration as end:
+            return history.then(end.value)
+
+
+def finish(pieces: Generator[Any, None, T]) -> T:
+    """What comes of work in pieces when all of them are done at once."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
 
 
 def click(model: HRSAM, frame: Frame, history: History, click: Click, encode: Encode) -> History | None:
@@ -182,7 +210,7 @@ def click(model: HRSAM, frame: Frame, history: History, click: Click, encode: En
     patch = _look(model, old.region, base, old.prediction.low_res, encode)
     patches = (*last.patches[:best], patch, *last.patches[best + 1 :])
     assert last.base is not None
-    return history.then(_blended(frame, replace(last.base, clicks=base.clicks), patches))
+    return history.then(finish(_blended(frame, replace(last.base, clicks=base.clicks), patches)))
 
 
 def _weight_at(region: Region, click: Click, frame: Frame) -> float:
@@ -250,34 +278,33 @@ def _agrees(patch: Patch, base: Round, before: np.ndarray, step: int) -> bool:
     )
 
 
-def _blended(frame: Frame, base: Round, patches: tuple[Patch, ...]) -> RefinedRound:
-    mask = _blend(frame, base, patches)
+def _blended(frame: Frame, base: Round, patches: tuple[Patch, ...]) -> Generator[None, None, RefinedRound]:
+    mask = yield from _blend(frame, base, patches)
     low_res = frame.mask_to_logits(mask.sample(2 * frame.side), GIVEN_LOGIT)
     iou = float(np.mean([patch.prediction.iou for patch in patches]))
     seconds = sum(patch.prediction.seconds for patch in patches)
     return RefinedRound(base.clicks, base.box, Prediction(frame, low_res, iou, seconds), mask, base, patches)
 
 
-def _blend(frame: Frame, base: Round, patches: tuple[Patch, ...]) -> Mask:
-    """Where the regions' logits, added by weight, are above 0; where the weights do not reach 1 the rest is the base's."""
+def _blend(frame: Frame, base: Round, patches: tuple[Patch, ...]) -> Generator[None, None, Mask]:
+    """Where the regions' logits, added by weight, are above 0; where the weights do not reach 1 the rest is the base's.
+
+    Pauses after every few rows.
+    """
     x0, y0 = min(p.region.x0 for p in patches), min(p.region.y0 for p in patches)
     x1, y1 = max(p.region.x1 for p in patches), max(p.region.y1 for p in patches)
-
     _, top, _, bottom = base.runs.bbox or (x0, y0, x1, y1)
-
-    def bands():
-        step = max(1, _BAND // frame.width)
-        for first in range(min(top, y0), max(bottom, y1), step):
-            last = min(first + step, max(bottom, y1))
-            band = base.runs.window(0, first, frame.width, last)
-            rows = range(max(first, y0), min(last, y1))
-            if rows:
-                band[rows.start - first : rows.stop - first, x0:x1] = (
-                    _mixed(frame, base, patches, rows, range(x0, x1)) > 0
-                )
-            yield first, band
-
-    return Mask.scan(frame.height, frame.width, bands())
+    scan = Scan(frame.height, frame.width)
+    step = max(1, _BAND // frame.width)
+    for first in range(min(top, y0), max(bottom, y1), step):
+        last = min(first + step, max(bottom, y1))
+        band = base.runs.window(0, first, frame.width, last)
+        rows = range(max(first, y0), min(last, y1))
+        if rows:
+            band[rows.start - first : rows.stop - first, x0:x1] = _mixed(frame, base, patches, rows, range(x0, x1)) > 0
+        scan.add(first, band)
+        yield
+    return scan.mask()
 
 
 def _mixed(frame: Frame, base: Round, patches: tuple[Patch, ...], rows: range, columns: range) -> np.ndarray:

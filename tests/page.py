@@ -14,12 +14,11 @@ import numpy as np
 from PIL import Image
 
 import hrsam
+from hrsam.bench.page import WINDOW, place, said, settle
 from hrsam.clicklog import read_log
 
 SIDE = 256
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
-DESKTOP = {"viewport": {"width": 1280, "height": 720}, "reduced_motion": "reduce"}
+DESKTOP = {"viewport": WINDOW, "reduced_motion": "reduce"}
 
 
 class Demo:
@@ -74,9 +73,7 @@ class Tab:
         self.complaints.append(text)
 
     def settle(self, **wanted):
-        """Wait until every command is answered and everything is drawn."""
-        state = {"ready": "true", "waiting": "0", "drawn": "true", **{k: str(v) for k, v in wanted.items()}}
-        self.page.wait_for_selector("#stage" + "".join(f'[data-{k}="{v}"]' for k, v in state.items()), timeout=30000)
+        settle(self.page, **wanted)
 
     def open(self, name):
         option = self.page.locator("#pictures option", has_text=name).get_attribute("value")
@@ -85,13 +82,10 @@ class Tab:
         self.settle()
 
     def data(self):
-        return self.page.evaluate("() => ({...document.getElementById('stage').dataset})")
+        return said(self.page)
 
     def at(self, x, y):
-        """Where the middle of a pixel of the picture is in the window."""
-        data, stage = self.data(), self.page.locator("#stage").bounding_box()
-        scale = float(data["scale"])
-        return stage["x"] + (x + 0.5) * scale + float(data["x"]), stage["y"] + (y + 0.5) * scale + float(data["y"])
+        return place(self.page, x, y)
 
     def click(self, x, y, **how):
         shift = how.pop("shift", False)

@@ -7,7 +7,7 @@ import pytest
 from hrsam.bench import drills
 from hrsam.bench.attacks import attacks
 from hrsam.demo import engine
-from hrsam.demo.desk import Embeddings
+from hrsam.demo.embeddings import Embeddings
 from hrsam.demo.guard import Guard
 
 

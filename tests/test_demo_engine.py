@@ -188,3 +188,153 @@ def test_the_engine_computes_with_as_many_threads_as_its_maker():
         engine.stop()
     finally:
         torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- long work, in pieces
+
+
+def long(engine, name, count, **options):
+    """Work in ``count`` pieces, each noted, and the result."""
+
+    def run():
+        for number in range(count):
+            engine.done.append(f"{name}{number}")
+            yield number
+        return name
+
+    return Work(run, about=1, round=True, long=True, **options)
+
+
+def test_others_come_between_the_pieces_of_long_work(engine):
+    told = []
+    work = engine.submit("a", long(engine, "a", 3, tell=told.append))
+    after = engine.submit("a", note(engine, "after", about=2))
+    others = [engine.submit(name[0], note(engine, name)) for name in ("b0", "c0", "b1")]
+    engine.open.set()
+    assert [work.result(10), after.result(10)] == ["a", "after"]
+    assert all(other.result(10) for other in others)
+    assert engine.done == ["a0", "b0", "c0", "a1", "b1", "a2", "after"]
+    assert told == [0, 1, 2]
+
+
+def test_what_may_go_ahead_does_not_wait_for_long_work_of_its_desk(engine):
+    work = engine.submit("a", long(engine, "a", 2))
+    engine.submit("a", note(engine, "add"))
+    engine.submit("a", note(engine, "wake", ahead=True))
+    engine.open.set()
+    assert work.result(10) == "a"
+    engine.submit("a", note(engine, "end")).result(10)
+    assert engine.done == ["a0", "wake", "a1", "add", "end"]
+
+
+class Stepwise:
+    """Long work that waits in each piece for ``go`` and says when it is there; ``ended``: how it was ended."""
+
+    def __init__(self, engine):
+        self.engine, self.ended, self.settled = engine, [], None
+        self.there, self.go = threading.Event(), threading.Event()
+        self.work = Work(self.run, about=1, round=True, long=True)
+
+    def run(self):
+        try:
+            for _ in range(2):
+                self.pause()
+                yield
+            self.settled = self.engine.settle()
+            self.pause()
+            return "result"
+        finally:
+            self.ended.append(True)
+
+    def pause(self):
+        self.there.set()
+        assert self.go.wait(10)
+        self.go.clear()
+
+    def next_piece(self):
+        self.there.clear()
+        self.go.set()
+        assert self.there.wait(10)
+
+
+@pytest.mark.parametrize("how", ["newest", "all", "long"])
+def test_long_work_is_taken_back_in_the_middle(engine, how):
+    steps = Stepwise(engine)
+    future = engine.submit("a", steps.work)
+    engine.open.set()
+    assert steps.there.wait(10)
+    if how == "long":
+        assert engine.drop_long("a", 2) == engine.drop_long("b", 1) == 0
+        assert engine.drop_long("a", 1) == 1
+    else:
+        assert engine.drop("a", 1, newest=how == "newest") == 1
+    assert refusal(future) == "superseded"
+    after = engine.submit("a", note(engine, "after", about=1))
+    steps.go.set()
+    assert after.result(10) == "after"
+    assert (steps.ended, steps.settled) == ([True], None)  # its second piece was not begun
+    assert steps.work.pieces is None
+
+
+def test_long_work_is_taken_back_between_two_pieces(engine):
+    steps, other = Stepwise(engine), threading.Event()
+    future = engine.submit("a", steps.work)
+    engine.submit("b", Work(lambda: other.wait(10)))
+    engine.open.set()
+    assert steps.there.wait(10)
+    steps.go.set()  # now the other's turn is
+    while steps.work not in engine._waiting.get("a", ()):
+        pass
+    assert engine.drop_long("a", 1) == 1
+    other.set()
+    assert refusal(future) == "superseded"
+    assert engine.submit("a", note(engine, "after", about=1)).result(10) == "after"
+    assert engine._count == 0
+
+
+def test_settled_work_cannot_be_taken_back(engine):
+    steps = Stepwise(engine)
+    future = engine.submit("a", steps.work)
+    engine.open.set()
+    assert steps.there.wait(10)
+    steps.next_piece()
+    steps.next_piece()
+    assert steps.settled
+    assert engine.drop_long("a", 1) == engine.drop("a", 1, newest=True) == 0
+    steps.go.set()
+    assert future.result(10) == "result"
+
+
+def test_a_stop_in_the_middle_of_long_work_is_told(engine):
+    steps = Stepwise(engine)
+    future = engine.submit("a", steps.work)
+    engine.open.set()
+    assert steps.there.wait(10)
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    while not engine._stopped:
+        pass
+    steps.go.set()
+    stopping.join(10)
+    assert refusal(future) == "gone"
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_long_work_that_runs_out_of_memory_is_begun_anew_once(fails):
+    engine, tries, failed = Engine(9, 9), [], []
+
+    def run():
+        tries.append(1)
+        yield 0
+        if len(failed) < fails:
+            failed.append(1)
+            raise MemoryError
+        return "done"
+
+    future = engine.submit("a", Work(run, long=True))
+    if fails == 1:
+        assert future.result(10) == "done"
+    else:
+        assert refusal(future) == "memory"
+    assert len(tries) == 2
+    engine.stop()

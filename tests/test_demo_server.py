@@ -19,7 +19,7 @@ from hrsam.clicklog import read_log, replay
 from hrsam.cutting import Cutting
 from hrsam.demo import desk as desk_module
 from hrsam.demo import journal as journal_module
-from hrsam.demo import live, messages
+from hrsam.demo import live, messages, outline
 from hrsam.demo.engine import Work
 from hrsam.demo.journal import JournalError, read_journal
 from hrsam.demo.limits import LIMITS
@@ -79,10 +79,9 @@ def mask_of(header, payload):
     out = np.zeros((HEIGHT, WIDTH), bool)
     where = header["mask"]
     if where["width"]:
-        image = Image.open(io.BytesIO(payload))
-        assert (image.mode, image.format) == ("1", "PNG")
         assert where["step"] == 1
-        out[where["y"] : where["y"] + where["height"], where["x"] : where["x"] + where["width"]] = np.asarray(image)
+        samples = outline.decode(payload, where["height"], where["width"])
+        out[where["y"] : where["y"] + where["height"], where["x"] : where["x"] + where["width"]] = samples
     return out
 
 
@@ -418,7 +417,7 @@ def test_memory_that_runs_out_leaves_the_next_request_working(client, site, monk
     wanted = [tab.click(*click)[1] for click in CLICKS[:2]]
     tab.do(do="undo", object=1)
     left = [times]
-    name = "encode" if where == "encode" else "apply"
+    name = "encode" if where == "encode" else "prepare"
     right = getattr(Cutting, name)
 
     def fail(self, *arguments):
@@ -558,12 +557,12 @@ def test_masks_of_large_pictures_are_sampled_and_have_tiles():
     whole[3:50, 4097:7000] = np.random.default_rng(0).random((47, 2903)) < 0.9
     cutting.apply({"do": "given", "object": 1, "rle": rle.encode(whole)})
     thing = cutting.objects[1]
-    header, payload = messages.draw(thing, 7, 4096)
+    header, payload = messages.draw(thing, 7, 4096, 10**6)
     assert (header["step"], header["version"], header["object"]) == (4, 7, 1)
     assert header["x"] % 4 == header["y"] % 4 == 0
     x0, _, x1, y1 = thing.mask.bbox
     assert header["x"] <= x0 < header["x"] + 4
-    shown = np.asarray(Image.open(io.BytesIO(payload)))
+    shown = outline.decode(payload, header["height"], header["width"])
     np.testing.assert_array_equal(shown, whole[header["y"] : y1 : 4, header["x"] : x1 : 4])
     tile = np.asarray(Image.open(io.BytesIO(messages.mask_tile(thing.mask, 1, 4, 0, 512))))
     np.testing.assert_array_equal(tile, whole[0:60:2, 4096:5120:2])
@@ -602,3 +601,196 @@ def test_the_port(monkeypatch):
     assert 8321 <= first.getsockname()[1] < second.getsockname()[1] <= 8340
     first.close()
     second.close()
+
+
+# ---------------------------------------------------------------- the picture first, then the encode
+
+
+@pytest.mark.parametrize("then", ["shown", "click", "nothing"])
+def test_the_encode_waits_until_the_page_shows_the_picture(make_site, then):
+    from websockets.sync.client import connect
+
+    site = make_site(first_frame_seconds=0.5 if then == "nothing" else 30)
+    with serving(site) as url:
+        client = Client(url)
+        desk = client.desk()
+        began = time.monotonic()
+        with connect(
+            f"ws://{client.host}/api/desks/{desk}/live?shows=1",
+            origin=f"http://{client.host}",
+            additional_headers={"Cookie": client.cookie},
+        ) as socket:
+
+            def heard(seconds=10):
+                return messages.unpack(socket.recv(seconds))[0]
+
+            assert heard()["event"] == "encoding"
+            assert heard()["state"]["revision"] == 0
+            with pytest.raises(TimeoutError):
+                heard(0.2)
+            assert not site.desks.find(desk, site.desks._list()[0].owner).encoded
+            if then == "shown":
+                socket.send(messages.SHOWN)
+            if then == "click":
+                command = {"do": "click", "object": 1, "x": 9, "y": 9, "positive": True}
+                socket.send(json.dumps({"seq": 1, "revision": 0, "command": command}))
+            assert heard()["event"] == "encoded"
+            if then == "click":
+                assert heard()["seq"] == 1
+        assert 0.2 < time.monotonic() - began < 20
+
+
+def test_who_has_no_page_does_not_wait(make_site):
+    with serving(make_site(first_frame_seconds=30)) as url:
+        client = Client(url)
+        began = time.monotonic()
+        client.open(client.desk()).close()
+        assert time.monotonic() - began < 15
+
+
+# ---------------------------------------------------------------- refining, in turns
+
+
+@pytest.fixture
+def refining(model, tmp_path, monkeypatch):
+    """A site with a picture of which a refine sees twelve regions, all of which are believed."""
+    monkeypatch.setattr(native, "_agrees", lambda *_: True)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "large.png").write_bytes(png(photo(240, 320, 3)))
+    site = Site(model, "small.test", [folder], tmp_path / "large_state", side=SIDE)
+    with serving(site) as url:
+        yield site, Client(url), open_pyramid(folder / "large.png")
+
+
+GIVEN = np.zeros((240, 320), bool)
+GIVEN[60:130, 60:250] = True
+START = ({"do": "given", "object": 1, "rle": rle.encode(GIVEN)}, {"do": "refine", "object": 1})
+
+
+def slowly(monkeypatch):
+    """Each region waits for its leave; returns what gives so many, and the regions that were begun."""
+    leave, begun = threading.Semaphore(0), []
+    right = native._look
+
+    def look(model, region, *rest):
+        begun.append(region)
+        assert leave.acquire(timeout=20)
+        return right(model, region, *rest)
+
+    monkeypatch.setattr(native, "_look", look)
+
+    def until(count):
+        end = time.monotonic() + 10
+        while len(begun) < count:
+            assert time.monotonic() < end
+            time.sleep(0.002)
+
+    return leave.release, until, begun
+
+
+def test_a_refine_in_turns_gives_the_mask_of_one_in_one_go(refining, model):
+    _, client, pyramid = refining
+    tab, alone = client.open(client.desk()), Cutting(model, pyramid, SIDE)
+    for command in (*START, {"do": "click", "object": 1, "x": 100, "y": 90, "positive": False}):
+        header, code = tab.do(**command)
+        alone.apply(command)
+        assert code == messages.draw(alone.objects[1], 0, LIMITS.mask_side, LIMITS.mask_bytes)[1]
+        assert header["object"]["area"] == alone.objects[1].mask.area
+    told = [(event["done"], event["of"]) for event in tab.events if event["event"] == "refining"]
+    assert told  # some may be left out when they come too fast
+    assert {of for _, of in told} == {12}
+    assert told == sorted(told)
+    tab.close()
+
+
+def test_another_session_is_answered_while_one_refines(refining, monkeypatch):
+    _, client, _ = refining
+    one, two = client.open(client.desk()), client.open(client.desk())
+    one.do(**START[0])
+    give, until, begun = slowly(monkeypatch)
+    seq = one.send(**START[1])
+    for count in range(1, 6):
+        until(count)
+        sent = two.send(do="click", object=1, x=20 * count, y=30, positive=True)
+        time.sleep(0.05)  # until it waits
+        give()
+        assert two.answer(sent)[0]["object"]["rounds"] == count
+        assert len(begun) <= count + 1  # at most one region further
+    give(20)
+    header, _ = one.answer(seq)
+    assert header["object"]["rounds"] == 2
+    assert len(begun) == 12
+    assert [(event["done"], event["of"]) for event in one.events if event["event"] == "refining"][:5] == [
+        (done, 12) for done in range(5)
+    ]
+    assert not any(event["event"] == "refining" for event in two.events)
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize("by", ["undo", "click", "given", "refine", "clear", "remove"])
+def test_a_refine_that_is_taken_back_leaves_the_mask_before(refining, monkeypatch, by):
+    site, client, _ = refining
+    tab = client.open(client.desk())
+    tab.do(do="add")
+    before = tab.do(**START[0])
+    give, until, begun = slowly(monkeypatch)
+    refine = tab.send(**START[1])
+    until(1)
+    give()
+    until(2)
+    more = {"click": {"x": 100.0, "y": 90.0, "positive": True}, "given": {"rle": rle.encode(~GIVEN)}}
+    then = tab.send(do=by, object=1, **more.get(by, {}))
+    time.sleep(0.05)
+    give(20)
+    assert kind(tab.answer(refine)) == "superseded"
+    header, code = tab.answer(then)
+    if by == "undo":
+        assert (header["unchanged"], header["object"]["rounds"], header["revision"], code) == (True, 1, 2, before[1])
+        assert len(begun) == 2
+    elif by == "remove":
+        assert header["removed"] == 1
+    else:
+        assert (header["revision"], header["object"]["rounds"]) == (3, 0 if by == "clear" else 2)
+    journal = read_journal(site.desks.path(tab.state["desk"]))[1]
+    assert [command["do"] for command in journal] == ["add", "given"] + ([] if by == "undo" else [by])
+    tab.close()
+
+
+def test_who_connects_while_it_is_refined_need_not_wait(refining, monkeypatch):
+    _, client, _ = refining
+    desk = client.desk()
+    tab = client.open(desk)
+    tab.do(**START[0])
+    give, until, _ = slowly(monkeypatch)
+    tab.send(**START[1])
+    until(1)
+    threading.Timer(0.1, give).start()
+    again = client.open(desk)  # within one region's time
+    assert again.state["objects"][0]["rounds"] == 1
+    tab.close()  # who asked goes away: the refine is done all the same
+    give(20)
+    header, _ = again.next()
+    assert (header["object"]["rounds"], header["revision"]) == (2, 2)
+    again.close()
+
+
+def test_a_desk_that_is_put_to_sleep_while_it_is_refined_begins_anew(refining, monkeypatch, model):
+    site, client, pyramid = refining
+    tab, alone = client.open(client.desk()), Cutting(model, pyramid, SIDE)
+    for command in START:
+        alone.apply(command)
+    tab.do(**START[0])
+    give, until, begun = slowly(monkeypatch)
+    seq = tab.send(**START[1])
+    give()
+    until(2)
+    asleep = site.engine.submit("other", Work(site.desks.do_relieve))
+    give(30)
+    asleep.result(10)
+    header, code = tab.answer(seq)
+    assert (header["revision"], header["object"]["rounds"]) == (2, 2)
+    assert code == messages.draw(alone.objects[1], 0, LIMITS.mask_side, LIMITS.mask_bytes)[1]
+    assert len(begun) == 12 + 2
+    tab.close()

@@ -9,17 +9,21 @@ import signal
 import struct
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.page import FLAGS, Demo, Tab, api, photograph, starter
+from hrsam.bench.page import BROWSERS, FLAGS, frames, pan, zoom
+from hrsam.demo import messages, outline
+from hrsam.mask import Mask
+from tests.page import Demo, Tab, api, photograph, starter
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
 pytest.importorskip("fastapi", reason="needs the extra demo: pip install -e '.[demo]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium"),
     pytest.mark.usefixtures("one_thread"),  # as many as the server has
@@ -29,7 +33,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures")
-    for name, height, width in (("ball.png", 240, 320), ("other.png", 200, 150), ("wide.png", 320, 4800)):
+    sizes = {"ball.png": (240, 320), "middle.png": (600, 800), "other.png": (200, 150), "wide.png": (320, 4800)}
+    for name, (height, width) in sizes.items():
         Image.fromarray(photograph(height, width)).save(path / name)
     large = Image.fromarray(photograph(300, 400)).resize((3000, 2000))
     large.save(path / "large.jpg", quality=90)
@@ -135,6 +140,20 @@ def test_a_mask_that_is_sent_thinned_out_is_exact_when_seen_closely(tabs, folder
     tab.settle(revision=1)
     session.click(2400, 160)
     tab.assert_cut_out(session.mask, [(2400, 160)])
+
+
+def test_a_mask_of_noise_is_sent_coarser_and_is_exact_when_seen_closely(tabs, tmp_path):
+    tab, sizes = tabs(), []
+    hear = lambda message: isinstance(message, bytes) and sizes.append(len(message))  # noqa: E731
+    tab.page.on("websocket", lambda socket: socket.on("framereceived", hear))
+    tab.open("middle.png")
+    noise = np.random.default_rng(0).random((600, 800)) < 0.5
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    tab.page.set_input_files("#mask-file", tmp_path / "noise.png")
+    tab.settle(revision=1)
+    tab.assert_cut_out(noise, [(0, 0)])
+    assert np.array_equal(tab.saved_mask() > 127, noise)
+    assert max(sizes) <= 50_000 < len(outline.encode(outline.runs_of(Mask.of(noise), (0, 0, 800, 600))))
 
 
 def test_clicks_show_before_they_are_answered_and_an_undo_takes_back_the_last(tabs, demo):
@@ -353,35 +372,51 @@ def test_zoom_and_pan_are_smooth(tabs):
     tab.click(1500, 1000)
     tab.settle(revision=1)
 
-    def zoom(by):
-        tab.page.mouse.move(*tab.at(1500, 1000))
-        for _ in range(10):
-            tab.page.mouse.wheel(0, by)
-            time.sleep(0.03)
+    def speed(act):
+        return 1000 / np.mean(frames(tab.page, act))
 
-    def pan():
-        tab.page.mouse.move(700, 400)
-        tab.page.mouse.down()
-        for step in range(12):
-            tab.page.mouse.move(700 - 12 * step, 400 - 6 * step)
-            time.sleep(0.02)
-        tab.page.mouse.up()
-
-    def frames(act):
-        tab.page.evaluate(
-            """() => {
-                window.frames_seen = [];
-                const see = (time) => window.frames_seen?.push(time) && requestAnimationFrame(see);
-                requestAnimationFrame(see);
-            }"""
-        )
-        act()
-        seen = tab.page.evaluate("() => { const all = window.frames_seen; window.frames_seen = null; return all; }")
-        return 1000 * (len(seen) - 1) / (seen[-1] - seen[0])
-
-    for act in (lambda: zoom(-120), pan, lambda: zoom(120)):
-        assert frames(act) >= 30 or frames(act) >= 30  # once more where others use the processor
+    into, out = (partial(zoom, tab.page, 1500, 1000, by) for by in (-120, 120))
+    for act in (into, partial(pan, tab.page), out):
+        assert speed(act) >= 30 or speed(act) >= 30  # once more where others use the processor
     tab.settle()
+
+
+def test_the_server_hears_once_that_the_picture_is_on_the_screen(tabs):
+    tab, sent = tabs(), []
+    tab.page.on("websocket", lambda socket: socket.on("framesent", lambda text: sent.append(text)))
+    tab.open("other.png")
+    tab.click(70, 100)
+    tab.settle(revision=1)
+    assert [text == messages.SHOWN for text in sent] == [True, False]
+
+
+def test_a_refine_tells_how_far_it_is_and_can_be_stopped(tabs):
+    tab, other = tabs(), tabs()
+    tab.open("middle.png")
+    tab.click(400, 300)
+    tab.settle(revision=1)
+    mask, status = tab.saved_mask(), tab.page.locator("#status")
+    for stop in (lambda: tab.press("Escape"), lambda: tab.page.locator("#stop").click(), lambda: tab.click(380, 310)):
+        tab.page.locator("#stage").focus()
+        tab.press("r")
+        status.get_by_text(re.compile(r"Refining, \d+ of \d+")).wait_for()
+        assert tab.page.locator("#refine").is_disabled()
+        revision = tab.revision()
+        stop()
+        tab.settle()
+        assert status.is_hidden()
+        if tab.revision() == revision:
+            assert np.array_equal(tab.saved_mask(), mask)
+    assert tab.revision() == 2
+    assert [command["do"] for command in tab.commands()] == ["click", "click"]  # of refines nothing is left
+    other.open("ball.png")
+    tab.press("r")
+    status.get_by_text(re.compile(r"Refining, \d+ of \d+")).wait_for()
+    other.click(160, 110)
+    other.settle(revision=1)  # before all regions are done
+    assert status.is_visible()
+    tab.settle(revision=3)
+    assert not np.array_equal(tab.saved_mask(), mask)
 
 
 def test_it_goes_on_after_the_server_was_killed(tabs, demo, folder):
@@ -437,6 +472,24 @@ def test_masks_are_read_whatever_filters_their_png_has(tabs):
         list(png),
     )
     assert read == [width, height, 5, *rows.ravel().tolist()]
+
+
+def test_the_page_reads_the_outline_that_the_server_writes(tabs):
+    noise, page = np.random.default_rng(6), tabs().page
+    read = """async ([bytes, width, height]) => {
+        const {readOutline} = await import("/static/outline.js");
+        const read = await readOutline(new Uint8Array(bytes).buffer, {width, height});
+        return [read.width, read.height, read.stride, ...read.bits];
+    }"""
+    for height, width, share in ((25, 37, 0.5), (300, 9, 0.02), (70, 64, 0.97), (1, 1, 1)):
+        mask = Mask.of(noise.random((height, width)) < share)
+        x0, y0, x1, y1 = mask.bbox
+        code = outline.encode(outline.runs_of(mask, mask.bbox))
+        bits = np.packbits(mask.window(*mask.bbox), axis=1)
+        found = page.evaluate(read, [list(code), x1 - x0, y1 - y0])
+        assert found == [x1 - x0, y1 - y0, bits.shape[1], *bits.ravel().tolist()]
+    with pytest.raises(playwright.Error, match="the mask that came is cut off"):
+        page.evaluate(read, [list(zlib.compress(b"\x00")), 1, 1])
 
 
 def test_old_news_changes_nothing_and_what_may_be_lost_is_told(tabs):

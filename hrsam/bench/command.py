@@ -15,6 +15,7 @@ from hrsam.bench.click import bench_click
 from hrsam.bench.demo import bench_demo
 from hrsam.bench.encoder import bench_encoder
 from hrsam.bench.packing import bench_packing
+from hrsam.bench.page import bench_page
 from hrsam.bench.scan import bench_scan
 from hrsam.bench.train_step import bench_train_step
 from hrsam.checkpoint import write_atomically
@@ -28,6 +29,7 @@ BENCHES: dict[str, Callable[..., dict[str, Any]]] = {
     "scan": bench_scan,
     "attention": bench_attention,
     "demo": bench_demo,
+    "page": bench_page,
 }  # name -> function that returns a report
 
 OPTIONS = {"sides": "--side", "presets": "--preset", "peers": "--peers", "dtype": "--dtype"}

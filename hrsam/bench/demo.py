@@ -63,7 +63,7 @@ def _click(record: Record, preset: str, side: int, device: torch.device, quick: 
         model, width = weights.load(preset, device), 1024
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "picture.png"
-        write_png(path, _picture(side))
+        write_png(path, picture(side))
         site = Site(model, preset, [path], Path(temporary) / "state", side=width)
         cutting = Cutting(model, open_pyramid(path), width)
         cutting.encode()
@@ -81,7 +81,7 @@ def _click(record: Record, preset: str, side: int, device: torch.device, quick: 
                 _, served = tab.do(**command)
                 answered = time.perf_counter()
                 cutting.apply(command)
-                alone = draw(cutting.objects[1], 0, site.limits.mask_side)[1]
+                alone = draw(cutting.objects[1], 0, site.limits.mask_side, site.limits.mask_bytes)[1]
                 done = time.perf_counter()
                 times[SERVED].append(1000 * (answered - started))
                 times[ALONE].append(1000 * (done - answered))
@@ -98,7 +98,7 @@ def _click(record: Record, preset: str, side: int, device: torch.device, quick: 
     return {"median": statistics.median(sent), "largest": max(sent)}
 
 
-def _picture(side: int) -> np.ndarray:
+def picture(side: int) -> np.ndarray:
     """(side, side, 3) uint8: the middle of the bundled photograph, enlarged."""
     from hrsam.demo.tour import PHOTO
 

@@ -80,15 +80,15 @@ class Alone:
         return Cutting(self.model, self.pyramid, SIDE, self._encoded)
 
     def masks(self, commands: Sequence[dict[str, Any]]) -> list[bytes]:
-        """The PNG after each command on object 1."""
+        """The mask after each command on object 1."""
         cutting = self.begin()
         return [drawn(cutting, cutting.apply(command)) for command in commands]
 
 
 def drawn(cutting: Cutting, object: int) -> bytes:
-    """An object's PNG, nothing for one that was removed."""
+    """An object's mask as it is sent, nothing for one that was removed."""
     thing = cutting.objects.get(object)
-    return b"" if thing is None else draw(thing, 0, LIMITS.mask_side)[1]
+    return b"" if thing is None else draw(thing, 0, LIMITS.mask_side, LIMITS.mask_bytes)[1]
 
 
 @dataclass
@@ -145,9 +145,9 @@ def _user(
     tab, results = client.open(client.desk(picture)), []
     for command, mask in zip(commands, wanted):
         started = time.perf_counter()
-        header, png = tab.do(**command)
+        header, code = tab.do(**command)
         seconds = time.perf_counter() - started
-        results.append((1000 * seconds, "error" in header, png != mask))
+        results.append((1000 * seconds, "error" in header, code != mask))
     tab.close()
     return results
 
@@ -237,8 +237,8 @@ def one_after_the_other(
     accepted = []
     for plan, given in zip(plans, answers):
         own = [
-            (header["revision"], header, png, command)
-            for (_, command), (header, png) in zip(plan, given)
+            (header["revision"], header, code, command)
+            for (_, command), (header, code) in zip(plan, given)
             if "error" not in header and "unchanged" not in header
         ]
         if [entry[0] for entry in own] != sorted({entry[0] for entry in own}):
@@ -248,11 +248,11 @@ def one_after_the_other(
     if [entry[0] for entry in accepted] != list(range(1, len(journal) + 1)):
         return False
     cutting = alone.begin()
-    for (_, header, png, command), written in zip(accepted, journal):
+    for (_, header, code, command), written in zip(accepted, journal):
         if any(written.get(key) != value for key, value in command.items()):
             return False
         changed = cutting.apply(command)
-        if header["object"]["id"] != changed or png != drawn(cutting, changed):
+        if header["object"]["id"] != changed or code != drawn(cutting, changed):
             return False
         if header["object"]["rounds"] != cutting.objects[changed].rounds:
             return False

@@ -89,7 +89,10 @@ class Client:
 
 
 class Tab:
-    """A WebSocket to a desk.  ``masks``: the mask messages on connect, header and PNG; ``state``: what it said first."""
+    """A WebSocket to a desk.  ``masks``: the mask messages on connect, header and code; ``state``: what it said first.
+
+    ``events``: what was said besides, how far a refine is for instance.
+    """
 
     def __init__(self, client: Client, desk: str):
         from websockets.sync.client import connect
@@ -105,6 +108,7 @@ class Tab:
         self.socket = self._connection.__enter__()
         self.state: dict[str, Any] = {}
         self.masks: dict[int, tuple[dict[str, Any], bytes]] = {}
+        self.events: list[dict[str, Any]] = []
         self._answers: dict[int, tuple[dict[str, Any], bytes]] = {}
         encoded = False
         while not (self.state and encoded):
@@ -121,6 +125,8 @@ class Tab:
         header, payload = unpack(message)
         if "state" in header:
             self.state = header["state"]
+        elif "event" in header:
+            self.events.append(header)
         elif "seq" in header:
             self._answers[header["seq"]] = header, payload
         elif "mask" in header:

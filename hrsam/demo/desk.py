@@ -12,20 +12,21 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hrsam.clicklog import MAX_COMMANDS, fingerprint
-from hrsam.cutting import Cutting, Thing, parse_command
+from hrsam.cutting import Change, Cutting, Thing, parse_command
+from hrsam.demo.embeddings import Embeddings, size_of
 from hrsam.demo.engine import Engine, Refusal, Work
 from hrsam.demo.gallery import Gallery, size
 from hrsam.demo.journal import Journal, JournalError, read_journal
 from hrsam.demo.limits import LIMITS, Limits
 from hrsam.models.model import HRSAM
-from hrsam.native import MOST_REGIONS
+from hrsam.native import MOST_REGIONS, finish
 from hrsam.pyramid import Pyramid
-from hrsam.session import EncodedPicture
 
 ROUNDS = ("click", "box", "given", "refine")  # commands that an undo takes back
 ENDS = ("clear", "remove")  # after which rounds that wait have no purpose
@@ -56,35 +57,6 @@ class Done:
     decode: float = 0.0
 
 
-class Embeddings:
-    """Encoded pictures shared by all desks, the least recently used dropped beyond ``most`` bytes."""
-
-    def __init__(self, most: int):
-        self._most = most
-        self._kept: OrderedDict[tuple[str, int], EncodedPicture] = OrderedDict()
-
-    def __contains__(self, key: tuple[str, int]) -> bool:
-        return key in self._kept
-
-    def get(self, key: tuple[str, int]) -> EncodedPicture | None:
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
-
-    def put(self, key: tuple[str, int], picture: EncodedPicture) -> None:
-        self._kept[key] = picture
-        self._kept.move_to_end(key)
-        while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > self._most:
-            self._kept.popitem(last=False)
-
-    def drop(self) -> None:
-        self._kept.clear()
-
-
-def _bytes(picture: EncodedPicture) -> int:
-    return picture.embedding.features.nbytes + picture.embedding.positions.nbytes
-
-
 class Desk:
     """Made by :class:`Desks`.  Methods whose names begin with ``do_`` run in the engine's thread."""
 
@@ -97,10 +69,12 @@ class Desk:
         self._desks = desks
         self._journal: Journal | None = None
 
-    def submit(self, value: Any) -> Work:
+    def submit(self, value: Any, tell: Callable[[tuple[int, int]], None] | None = None) -> Work:
         """Put a command into the engine's queue; its future gives :class:`Done`.  Raises :class:`Refusal`.
 
-        An undo takes back the newest round that waits, and only when none waits one that was played.
+        An undo takes back the newest round that waits or a refine that is not done, and only when there is none one that was
+        played.  A new round takes back a refine of its object that is not done.  ``tell``: hears, in the engine's thread, how
+        many regions a refine has looked at, and of how many.
         """
         try:
             command = parse_command(value)
@@ -112,7 +86,11 @@ class Desk:
         if command.do == "undo" and engine.drop(self.id, about, newest=True):
             work = Work(lambda: self.do_show(about), about=about)
         else:
-            work = Work(lambda: self.do_apply(command), about=about, round=command.do in ROUNDS)
+            work = Work(lambda: finish(self.do_apply(command)), about=about, round=command.do in ROUNDS)
+        if command.do == "refine":
+            work.run, work.long, work.tell = lambda: self.do_apply(command, engine.settle), True, tell
+        if command.do in ROUNDS:
+            engine.drop_long(self.id, about)
         if command.do in ENDS:
             engine.drop(self.id, about, newest=False)
         engine.submit(self.id, work)
@@ -120,13 +98,13 @@ class Desk:
 
     def wake(self) -> Work:
         """Have it in memory: the future gives a :class:`View`."""
-        work = Work(self.do_wake)
+        work = Work(self.do_wake, ahead=True)
         self._desks.engine.submit(self.id, work)
         return work
 
     def encode(self) -> Work:
         """Have its picture encoded: the future gives the seconds that took."""
-        work = Work(self.do_encode)
+        work = Work(self.do_encode, ahead=True)
         self._desks.engine.submit(self.id, work)
         return work
 
@@ -160,36 +138,55 @@ class Desk:
         return self._desks.do_lend(self, view.cutting)
 
     def do_show(self, object: int) -> Done:
-        """What became of ``object`` when a round on it was taken back before it was begun."""
+        """What became of ``object`` when a round on it was taken back before it was done."""
         view = self.do_wake()
         _there(view, object)
         return Done(view, object, unchanged=True)
 
-    def do_apply(self, command: Any) -> Done:
-        view = self.do_wake()
-        cutting, journal = view.cutting, self._journal
-        assert journal is not None
-        if command.do != "add":
-            _there(view, command.object)
-        if view.revision >= MAX_COMMANDS:
-            raise Refusal("refused", f"{MAX_COMMANDS} commands are enough for one picture; save it and begin anew")
-        encode = self._desks.do_lend(self, cutting) if command.do in ROUNDS and command.do != "given" else 0.0
-        began = time.perf_counter()
+    def do_apply(
+        self, command: Any, settle: Callable[[], bool] = lambda: True
+    ) -> Generator[tuple[int, int], None, Done]:
+        """Do what ``command`` says, a refine in pieces.
+
+        ``settle``: is asked before anything changes, and when it says no nothing does.
+        """
+        encode = decode = 0.0
+        prepared: Change | None = None
+        while prepared is None:  # anew when it was put to sleep between two pieces
+            view = self.do_wake()
+            if command.do != "add":
+                _there(view, command.object)
+            if view.revision >= MAX_COMMANDS:
+                raise Refusal("refused", f"{MAX_COMMANDS} commands are enough for one picture; save it and begin anew")
+            pieces = view.cutting.prepare(command)
+            while self.view is view and prepared is None:
+                if command.do in ROUNDS and command.do != "given":
+                    encode += self._desks.do_lend(self, view.cutting)
+                began = time.perf_counter()
+                try:
+                    told = next(pieces)
+                except StopIteration as end:
+                    prepared = end.value
+                except ValueError as error:
+                    raise Refusal("refused", str(error)) from None
+                decode += time.perf_counter() - began
+                if prepared is None:
+                    yield told
+                    self.used = time.monotonic()
+        if not settle():
+            raise Refusal("superseded", "it was taken back before it was done")
+        assert self._journal is not None
+        changed = view.cutting.accept(prepared)
         try:
-            changed = cutting.apply(command)
-        except ValueError as error:
-            raise Refusal("refused", str(error)) from None
-        seconds = time.perf_counter() - began if command.do in ROUNDS else 0.0
-        try:
-            journal.append(command.record(), self._desks.limits.journal_bytes)
+            self._journal.append(command.record(), self._desks.limits.journal_bytes)
         except BaseException as error:
             self.do_sleep()  # what is not saved has not happened: waking gives the state before
             if isinstance(error, JournalError):
                 raise Refusal("refused", str(error)) from None
             raise
-        self.view = view = self._seen(cutting, view.pyramid, {**view.versions, changed: cutting.revision})
+        self.view = view = self._seen(view.cutting, view.pyramid, {**view.versions, changed: view.cutting.revision})
         removed = changed not in view.objects
-        return Done(view, changed, removed=removed, encode=encode, decode=seconds)
+        return Done(view, changed, removed=removed, encode=encode, decode=decode if command.do in ROUNDS else 0.0)
 
     def _replayed(self) -> View:
         desks = self._desks
@@ -325,7 +322,7 @@ class Desks:
         self.embeddings.put(key, cutting.picture)
         self._lent[desk] = cutting
         self._lent.move_to_end(desk)
-        while len(self._lent) > max(1, self.limits.regions_bytes // (MOST_REGIONS * _bytes(cutting.picture))):
+        while len(self._lent) > max(1, self.limits.regions_bytes // (MOST_REGIONS * size_of(cutting.picture))):
             _, other = self._lent.popitem(last=False)
             other.picture = None
         return seconds

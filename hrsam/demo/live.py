@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -14,7 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from hrsam.demo.desk import Desk, Done, View
 from hrsam.demo.engine import Refusal, Work
 from hrsam.demo.limits import Limits
-from hrsam.demo.messages import describe, draw, pack, read_request
+from hrsam.demo.messages import SHOWN, describe, draw, pack, read_request
 
 log = logging.getLogger("hrsam")
 
@@ -33,16 +34,16 @@ class Cut(Exception):
 class Painter:
     """Draws masks beside the event loop, so that nothing waits for it."""
 
-    def __init__(self, executor: Executor, longest: int):
-        self._executor, self._longest = executor, longest
+    def __init__(self, executor: Executor, limits: Limits):
+        self._executor, self._limits = executor, limits
 
     async def __call__(self, view: View, id: int) -> tuple[dict[str, Any], dict[str, Any], bytes]:
-        """The object and its mask as the page knows them, and the PNG."""
+        """The object and its mask as the page knows them, and the code of its outline."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._draw, view, id)
 
     def _draw(self, view: View, id: int) -> tuple[dict[str, Any], dict[str, Any], bytes]:
         thing, version = view.objects[id], view.versions[id]
-        return describe(thing, version), *draw(thing, version, self._longest)
+        return describe(thing, version), *draw(thing, version, self._limits.mask_side, self._limits.mask_bytes)
 
 
 class Bucket:
@@ -63,10 +64,17 @@ class Bucket:
 
 
 class Live:
-    """``sockets`` of the same desk hear of each other's changes."""
+    """Sockets of the same desk hear of each other's changes.
 
-    def __init__(self, socket: WebSocket, desk: Desk, paint: Painter, limits: Limits):
+    ``shows``: it is a page that will say when its picture is on the screen; so long the encode waits.
+    """
+
+    def __init__(self, socket: WebSocket, desk: Desk, paint: Painter, limits: Limits, *, shows: bool = False):
         self._socket, self._desk, self._paint, self._limits = socket, desk, paint, limits
+        self._shown = asyncio.Event()
+        if not shows:
+            self._shown.set()
+        self._pen = asyncio.Lock()  # one message at a time
         self._out: asyncio.Queue[Awaitable[list[bytes]]] = asyncio.Queue(4 * limits.waiting_a_desk)
 
     async def run(self) -> None:
@@ -101,7 +109,7 @@ class Live:
     async def _send(self) -> None:
         while True:
             try:
-                messages = await (await self._out.get())
+                messages = await asyncio.shield(await self._out.get())  # others hear of it even if this one goes
             except Cut as cut:
                 await self.close(cut.code)
                 return
@@ -114,7 +122,15 @@ class Live:
             for message in messages:
                 if self._socket.application_state != WebSocketState.CONNECTED:
                     return
-                await self._socket.send_bytes(message)
+                async with self._pen:
+                    await self._socket.send_bytes(message)
+
+    async def _mention(self, header: dict[str, Any]) -> None:
+        """Send what is of use now or not at all: before what waits, and not to who does not read."""
+        if self._socket.application_state == WebSocketState.CONNECTED and not self._pen.locked():
+            async with self._pen:
+                with suppress(RuntimeError, WebSocketDisconnect):  # it went away
+                    await self._socket.send_bytes(pack(header))
 
     async def _greet_and_read(self) -> None:
         desk = self._desk
@@ -143,12 +159,15 @@ class Live:
         messages = [pack({"state": state})]
         for id, thing in view.objects.items():
             if thing.rounds:
-                shown, mask, png = await self._paint(view, id)
-                messages.append(pack({"revision": view.revision, "object": shown, "mask": mask}, png))
+                shown, mask, code = await self._paint(view, id)
+                messages.append(pack({"revision": view.revision, "object": shown, "mask": mask}, code))
         return messages
 
     async def _encoded(self, woken: Work) -> list[bytes]:
         await result(woken)
+        if not self._desk.encoded:
+            with suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._shown.wait(), self._limits.first_frame_seconds)
         seconds = 0.0 if self._desk.encoded else await result(self._desk.encode())
         return [pack({"event": "encoded", "ms": round(1000 * seconds)})]
 
@@ -172,11 +191,14 @@ class Live:
 
     async def _ask(self, text: str) -> None:
         """Submit a command here and now, so that they are in the order in which they came, and answer later."""
+        self._shown.set()  # whoever wants something does not wait for the screen
+        if text == SHOWN:
+            return
         seq = None
         try:
             request = read_request(text)
             seq = request.seq
-            work = self._desk.submit(request.command)
+            work = self._desk.submit(request.command, self._tells(request.seq))
         except ValueError as error:
             await self._out.put(_now(error_message(seq, Refusal("refused", str(error)))))
         except Refusal as refusal:
@@ -194,6 +216,17 @@ class Live:
             log.exception("a command failed")
             return [error_message(seq, Refusal("refused", WRONG))]
 
+    def _tells(self, seq: int) -> Callable[[tuple[int, int]], None]:
+        """What a refine calls in the engine's thread: the page hears how far it is."""
+        loop = asyncio.get_running_loop()
+
+        def tell(regions: tuple[int, int]) -> None:
+            header = {"event": "refining", "command": seq, "done": regions[0], "of": regions[1]}
+            with suppress(RuntimeError):  # the server has stopped
+                loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._mention(header)))
+
+        return tell
+
     async def _say(self, header: dict[str, Any]) -> None:
         await self._out.put(_now(pack(header)))
 
@@ -209,21 +242,21 @@ async def announce(
     """The answer to a command that was accepted; the other sockets of the desk hear the same without ``head``."""
     async with desk.turn:
         started = time.perf_counter()
-        png = b""
+        code = b""
         news: dict[str, Any] = {"revision": done.view.revision}
         if done.removed:
             news["removed"] = done.object
         else:
-            news["object"], news["mask"], png = await paint(done.view, done.object)
+            news["object"], news["mask"], code = await paint(done.view, done.object)
         seconds = {"queue": queue, "encode": done.encode, "decode": done.decode, "mask": time.perf_counter() - started}
         news["ms"] = {name: round(1000 * value, 1) for name, value in seconds.items()}
         if done.unchanged:
             news["unchanged"] = True
         elif others := [socket for socket in desk.sockets if socket is not by]:
-            message = pack(news, png)
+            message = pack(news, code)
             for socket in others:
                 socket.hear(message)
-    return pack({**(head or {}), **news}, png)
+    return pack({**(head or {}), **news}, code)
 
 
 async def result(work: Work) -> Any:

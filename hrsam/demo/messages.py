@@ -1,4 +1,4 @@
-"""What goes over the WebSocket: text in, a JSON header and a picture of a mask out."""
+"""What goes over the WebSocket: text in, a JSON header and the outline of a mask out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hrsam.cutting import Thing
+from hrsam.demo import outline
 from hrsam.mask import Mask
 
 _UP = 2  # PNG's filter: less the byte above
+SHOWN = '{"event":"shown"}'  # the page's message that its picture is on the screen
 MOST = 2**53 - 1  # largest whole number that JavaScript keeps exactly
 
 
@@ -67,22 +69,38 @@ def describe(thing: Thing, version: int) -> dict[str, Any]:
     }
 
 
-def draw(thing: Thing, version: int, longest: int) -> tuple[dict[str, Any], bytes]:
-    """The mask's window as header and 1-bit grey PNG (255: object), sampled so that the picture has ``longest`` at most.
+def draw(thing: Thing, version: int, longest: int, most: int) -> tuple[dict[str, Any], bytes]:
+    """The mask's window as header and code of its :mod:`outline <hrsam.demo.outline>`, the mask itself wherever possible.
 
-    ``x``, ``y``: the picture's pixel of the first sample; ``step``: pixels from one to the next, a power of two; ``width``,
-    ``height``: samples.  An empty mask has width 0 and no PNG.
+    ``longest``: most samples along a side of the picture; ``most``: most bytes of the code.  A mask beyond them is sampled:
+    ``step``, a power of two, pixels from one sample to the next; ``x``, ``y``: the picture's pixel of the first; ``width``,
+    ``height``: samples.  An empty mask has width 0 and no code.
     """
     mask, header = thing.mask, {"object": thing.id, "version": version}
     step = step_for(max(mask.width, mask.height), longest)
     if mask.bbox is None:
         return {**header, "x": 0, "y": 0, "step": step, "width": 0, "height": 0}, b""
-    x0, y0, x1, y1 = mask.bbox
-    x0, y0 = x0 - x0 % step, y0 - y0 % step
-    samples = mask.window(x0, y0, x1, y1, step)
-    return {**header, "x": x0, "y": y0, "step": step, "width": samples.shape[1], "height": samples.shape[0]}, png(
-        samples
-    )
+    while (code := _code(mask, _box(mask.bbox, step), step, most)) is None:
+        step *= 2
+    x0, y0, x1, y1 = _box(mask.bbox, step)
+    width, height = -((x0 - x1) // step), -((y0 - y1) // step)
+    return {**header, "x": x0, "y": y0, "step": step, "width": width, "height": height}, code
+
+
+def _box(bbox: tuple[int, int, int, int], step: int) -> tuple[int, int, int, int]:
+    """``bbox`` from samples of every ``step``-th pixel on."""
+    return bbox[0] - bbox[0] % step, bbox[1] - bbox[1] % step, bbox[2], bbox[3]
+
+
+def _code(mask: Mask, box: tuple[int, int, int, int], step: int, most: int) -> bytes | None:
+    """The code of a mask's samples in ``box``; None when it has more than ``most`` bytes, or more runs than they have bits."""
+    if step > 1:
+        mask = Mask.of(mask.window(*box, step))
+        box = 0, 0, mask.width, mask.height
+    if mask.starts.size > 2 * 8 * most:
+        return None
+    code = outline.encode(outline.runs_of(mask, box))
+    return code if len(code) <= most else None
 
 
 def step_for(side: int, longest: int) -> int:

@@ -191,7 +191,8 @@ def _desks(app: FastAPI, site: Site) -> None:
             await websocket.send_bytes(error_message(None, Refusal("gone", NO_DESK)))
             await websocket.close(NO_SUCH_DESK)
             return
-        await Live(websocket, desk, site.paint, site.limits).run()
+        shows = "shows" in websocket.query_params
+        await Live(websocket, desk, site.paint, site.limits, shows=shows).run()
 
     @app.get("/api/desks/{id}/masks/{object}/{version}/{level}/{col}/{row}")
     async def mask(request: Request, id: str, object: int, version: int, level: int, col: int, row: int) -> Response:

@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hrsam.demo.desk import Desks, Embeddings
+from hrsam.demo.desk import Desks
+from hrsam.demo.embeddings import Embeddings
 from hrsam.demo.engine import Engine
 from hrsam.demo.gallery import Gallery
 from hrsam.demo.guard import read_secret
@@ -45,7 +46,7 @@ class Site:
         self.desks = Desks(model, model_name, self.gallery, self.engine, embeddings, state / "desks", side, limits)
         self.painters = ThreadPoolExecutor(2, "hrsam-painter")
         self.decoders = ThreadPoolExecutor(2, "hrsam-decoder")  # each waits for a process that may take much memory
-        self.paint = Painter(self.painters, limits.mask_side)
+        self.paint = Painter(self.painters, limits)
 
     def about(self) -> dict[str, Any]:
         limits = self.limits

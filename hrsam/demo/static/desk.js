@@ -4,7 +4,7 @@ import { Live, post } from "./link.js";
 
 const MANY = 7; // commands sent and not answered; the rest wait here
 
-// Events: changed, answered {object, ms, transfer}, refused {kind, text}, mask {place, png}, encoding, encoded {ms},
+// Events: changed, answered {object, ms, transfer}, refused {kind, text}, mask {place, code}, encoding, encoded {ms},
 // online, offline, gone, lost {count}.
 export class Desk extends EventTarget {
   constructor(picture) {
@@ -17,6 +17,8 @@ export class Desk extends EventTarget {
     this.seq = 0;
     this.encoded = false;
     this.ready = false; // the state came and the connection stands
+    this.shown = false; // the picture is on the screen, and
+    this.told = false; // the server knows it: it may use the cores for the encode
     this.hiddenObjects = new Set();
   }
 
@@ -44,8 +46,13 @@ export class Desk extends EventTarget {
   }
 
   connection(how) {
-    if (how !== "online") this.ready = this.encoded = false; // another process may answer next
+    if (how !== "online") this.ready = this.encoded = this.told = false; // another process may answer next
     this.say(how);
+  }
+
+  show() {
+    this.shown = true;
+    if (this.ready && !this.told) this.told = this.live.send({ event: "shown" });
   }
 
   // The command shows at once and is sent as soon as the connection takes it.
@@ -68,6 +75,7 @@ export class Desk extends EventTarget {
   hear(header, payload) {
     if (header.state) return this.begin(header.state);
     if (header.event === "encoding") return this.say("encoding");
+    if (header.event === "refining") return this.progress(header);
     if (header.event === "encoded") {
       this.encoded = true;
       this.say("encoded", { ms: header.ms });
@@ -84,6 +92,12 @@ export class Desk extends EventTarget {
     this.say("changed");
   }
 
+  progress({ command: seq, done, of }) {
+    const one = this.waiting.find((each) => each.seq === seq);
+    if (one) one.regions = { done, of };
+    if (one) this.say("changed");
+  }
+
   learn({ revision, object, removed, mask, ms }, payload, done) {
     if (revision < this.revision) return; // older than what is known
     this.revision = revision;
@@ -94,7 +108,7 @@ export class Desk extends EventTarget {
     }
     if (object) this.objects.set(object.id, object);
     if (object && done?.command.do === "add") this.active = object.id;
-    if (mask) this.say("mask", { place: mask, png: payload });
+    if (mask) this.say("mask", { place: mask, code: payload });
     if (!done) return;
     const spent = ms ? ms.queue + ms.encode + ms.decode + ms.mask : 0;
     const trip = performance.now() - done.sent;
@@ -119,6 +133,7 @@ export class Desk extends EventTarget {
       if (!bbox) this.say("mask", { place: { object: id, version, width: 0 } });
     }
     this.ready = true;
+    if (this.shown) this.show();
     this.flush();
     this.say("changed");
   }
@@ -146,7 +161,10 @@ export class Desk extends EventTarget {
     const object = this.object;
     let clicks = (object?.clicks ?? []).map(([x, y, positive]) => ({ x, y, positive, waits: false }));
     let box = object?.box ? { x0: object.box[0], y0: object.box[1], x1: object.box[2], y1: object.box[3] } : null;
+    let before = null;
     for (const { command } of this.pending()) {
+      if (command.do === "undo" && before === "refine") continue; // takes back that, and no click
+      before = command.do;
       if (command.do === "click") clicks.push({ ...command, waits: true });
       else if (command.do === "box") box = command;
       else if (command.do === "undo") clicks = clicks.slice(0, -1);
@@ -156,11 +174,26 @@ export class Desk extends EventTarget {
   }
 
   get canUndo() {
-    return Boolean(this.object?.can_undo) || this.pending().some(({ command }) => ["click", "box"].includes(command.do));
+    return Boolean(this.object?.can_undo) || this.pending().some(({ command }) => ["click", "box", "refine"].includes(command.do));
   }
 
   get canRedo() {
     return Boolean(this.object?.can_redo) && this.pending().every(({ command }) => ["undo", "redo"].includes(command.do));
+  }
+
+  get canRefine() {
+    return Boolean(this.object?.area) && !this.pending().some(({ command }) => command.do === "refine");
+  }
+
+  // The refine that waits or is being done, of whatever object.
+  get refining() {
+    const at = this.waiting.findLastIndex(({ command }) => command.do === "refine");
+    const stopped = this.waiting.slice(at + 1).some(({ command }) => command.object === this.waiting[at]?.command.object);
+    return at >= 0 && !stopped ? this.waiting[at] : null;
+  }
+
+  stop() {
+    if (this.refining) this.command({ do: "undo", object: this.refining.command.object });
   }
 
   click({ x, y }, positive) {
@@ -172,7 +205,7 @@ export class Desk extends EventTarget {
   }
 
   act(name) {
-    const may = { undo: this.canUndo, redo: this.canRedo, clear: this.canUndo, refine: Boolean(this.object?.area) };
+    const may = { undo: this.canUndo, redo: this.canRedo, clear: this.canUndo, refine: this.canRefine };
     if (may[name]) this.command({ do: name, object: this.active });
   }
 

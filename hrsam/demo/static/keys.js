@@ -18,6 +18,7 @@ const TABLE = [
   ["Clicks", "Redo", "Ctrl Shift Z", (e) => command("z", true)(e) || command("y", false)(e) || letter("y")(e), "redo"],
   ["Clicks", "Clear the object", "C", letter("c"), "clear"],
   ["Clicks", "Refine the outline", "R", letter("r"), "refine"],
+  ["Clicks", "Stop refining", "Esc", plain("Escape"), "stop"],
   ["Objects", "New object", "N", letter("n"), "new"],
   ["Objects", "Choose an object", "Q  W", (e) => letter("q")(e) || letter("w")(e), "choose"],
   ["Objects", "Start from a mask", "M", letter("m"), "given"],

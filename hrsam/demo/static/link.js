@@ -44,7 +44,7 @@ export class Live {
     clearTimeout(this.timer);
     this.timer = null;
     const secure = location.protocol === "https:" ? "wss" : "ws";
-    const socket = new WebSocket(`${secure}://${location.host}/api/desks/${this.desk}/live`);
+    const socket = new WebSocket(`${secure}://${location.host}/api/desks/${this.desk}/live?shows=1`);
     socket.binaryType = "arraybuffer";
     this.socket = socket;
     socket.onmessage = ({ data }) => {

@@ -51,16 +51,14 @@ export class Masks {
     this.redraw();
   }
 
-  accept(place, png, colour) {
+  accept(place, code, colour) {
     const layer = this.layers.get(place.object) ?? { now: null, next: null };
     this.layers.set(place.object, layer);
     if ([layer.now, layer.next].some((one) => one?.version === place.version)) return; // sent again after a reconnect
     layer.next?.close();
     layer.next = new Version(place, colour);
     if (place.width) {
-      const { object, version } = place;
-      const { x, y, step } = place;
-      this.worker.postMessage({ do: "keep", object, version, place: { x, y, step }, png }, [png]);
+      this.worker.postMessage({ do: "keep", place, code }, [code]);
     }
     this.redraw();
   }

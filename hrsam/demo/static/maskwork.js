@@ -1,6 +1,7 @@
 // The worker that turns masks into tiles: decodes, paints the fill and follows the outline, away from the page's thread.
 // keep: a new mask came. paint: a tile is wanted. drop: versions below this one are not needed any more.
 
+import { readOutline } from "./outline.js";
 import { readMask } from "./png.js";
 
 const held = new Map(); // object -> Map(version -> promise of {x, y, step, width, height, stride, bits})
@@ -12,10 +13,11 @@ onmessage = ({ data }) => {
   else if (data.do === "forget") held.clear();
 };
 
-function keep({ object, version, place, png }) {
+function keep({ place, code }) {
+  const { object, version } = place;
   const versions = held.get(object) ?? new Map();
   held.set(object, versions);
-  const mask = readMask(png).then((read) => ({ ...place, ...read }));
+  const mask = readOutline(code, place).then((read) => ({ ...place, ...read }));
   mask.catch((error) => postMessage({ object, version, failed: error.message }));
   versions.set(version, mask);
 }

@@ -46,10 +46,14 @@ export function showNotes(shown) {
   $("device").ariaExpanded = String(shown);
 }
 
-export function status(text) {
+// `stoppable`: with a button that ends what is going on.
+export function status(text, stoppable = false) {
+  const same = !$("status").hidden && $("status-text").textContent === text;
   $("status").hidden = !text;
-  if (text) $("status-text").textContent = text;
-  if (text) speak(text);
+  $("stop").hidden = !stoppable;
+  if (!text || same) return;
+  $("status-text").textContent = text;
+  speak(text);
 }
 
 export function icon(name) {

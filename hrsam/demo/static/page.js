@@ -79,7 +79,7 @@ async function openDesk(grid, tiles) {
 function listenToDesk(mine) {
   const on = (type, hear) => mine.addEventListener(type, ({ detail }) => desk === mine && hear(detail));
   on("changed", refresh);
-  on("mask", ({ place, png }) => masks.accept(place, png, mine.objects.get(place.object).colour));
+  on("mask", ({ place, code }) => masks.accept(place, code, mine.objects.get(place.object).colour));
   on("removed", ({ object }) => masks.forget(object));
   const patiently = slow() ? " on the CPU; this takes some seconds" : "";
   const reading = () => mine.encoded || status(`The model reads the picture${patiently}`);
@@ -118,7 +118,9 @@ let patience = 0;
 function refresh() {
   clearTimeout(patience);
   if (desk?.ready && desk.encoded) {
-    if (desk.waiting.length) patience = setTimeout(status, 800, "The model is at work");
+    const { regions } = desk.refining ?? {};
+    if (regions) status(`Refining, ${regions.done} of ${regions.of}`, true);
+    else if (desk.waiting.length) patience = setTimeout(status, 800, "The model is at work");
     else status(null);
   }
   if (desk) stage.redraw("marks");
@@ -158,7 +160,9 @@ stage.after = () => {
   const scale = view.at.scale * 100;
   $("zoom-value").textContent = `${scale < 9.95 ? scale.toFixed(1) : Math.round(scale)}%`;
   const { scale: s, x, y } = view.at;
-  const drawn = stage.scene ? stage.scene.tiles.complete && masks.complete && !view.goal : false;
+  const { tiles, desk: mine } = stage.scene ?? {};
+  if (tiles?.complete && !mine.told) requestAnimationFrame(() => mine.show()); // this frame is on the screen then
+  const drawn = tiles ? tiles.complete && masks.complete && !view.goal : false;
   Object.assign($("stage").dataset, { scale: s, x, y, drawn });
 };
 
@@ -251,6 +255,7 @@ const acts = {
   redo: () => desk?.act("redo"),
   clear: () => desk?.act("clear"),
   refine: () => desk?.act("refine"),
+  stop: () => desk?.stop(),
   new: () => desk?.ready && desk.add(),
   choose: ({ key }) => nextObject(key.toLowerCase() === "q" ? -1 : 1),
   given: () => !$("given").disabled && $("mask-file").click(),
@@ -280,7 +285,7 @@ const acts = {
   help: showKeys,
 };
 listenForKeys((name, event) => acts[name](event));
-for (const name of ["undo", "redo", "clear", "refine", "new", "fold", "theme", "help", "given", "fit"]) {
+for (const name of ["undo", "redo", "clear", "refine", "stop", "new", "fold", "theme", "help", "given", "fit"]) {
   $(name).onclick = acts[name];
 }
 for (const one of document.querySelectorAll("[data-tool]")) one.onclick = () => choose(one.dataset.tool);

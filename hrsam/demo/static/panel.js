@@ -104,7 +104,7 @@ export function showActions(desk) {
   $("undo").disabled = !desk?.canUndo;
   $("redo").disabled = !desk?.canRedo;
   $("clear").disabled = !desk?.canUndo;
-  $("refine").disabled = !object?.area || !desk.ready;
+  $("refine").disabled = !desk?.canRefine || !desk.ready;
   $("given").disabled = !object || !desk.ready;
   $("new").disabled = !desk?.ready;
   const any = [...(desk?.objects.values() ?? [])].some(({ area }) => area > 0);

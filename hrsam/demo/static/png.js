@@ -1,4 +1,4 @@
-// Reads the one kind of PNG that masks come in: 1 bit a pixel, grey, not interlaced. Smaller and exacter than an <img>.
+// Reads the one kind of PNG that tiles of masks come in: 1 bit a pixel, grey, not interlaced. Exacter than an <img>.
 
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 
