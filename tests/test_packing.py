@@ -303,3 +303,18 @@ def test_boundaries_are_right_by_construction(mixer):
     q = torch.zeros(14, 1, 8)
     with pytest.raises(ValueError, match="15 tokens"):
         MIXERS[mixer](q, q, q, layout)
+
+
+@pytest.mark.gpu
+def test_nothing_is_prepared_for_a_size():
+    """cuDNN takes depthwise convolutions of maps with channels last, and compiles for each new size of them."""
+    encoder = small_model(64).cuda().encoder.train()
+    seen = []
+    encoder.out_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    images = [torch.randn(3, *size, device="cuda", requires_grad=True) for size in ((64, 96), (48, 32), (48, 32))]
+    with torch.autocast("cuda", torch.bfloat16), torch.profiler.profile() as profiler:
+        packed = encoder.forward_packed(images)
+        sum(m.float().square().sum() for m in packed).backward()
+        encoder.encode(images)
+    assert seen == [True] * 5
+    assert not [event.key for event in profiler.key_averages() if "cudnn" in event.key.lower()]

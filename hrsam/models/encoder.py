@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         """:meth:`forward` of pictures of any sizes in one call, with gradient: each (3, Hi, Wi) -> (out_channels, hi, wi) each.
 
         Equal to :meth:`forward` of each alone up to the order of summation, and nothing passes from one to another.  Pictures
-        of one size are computed exactly as a batch is.
+        of one size are computed as a batch is, on a CPU to the bit.
         ``generators``: one for each picture, which draws its stochastic depth wherever it is packed; None: torch's own.
         Raises ``ValueError`` as :meth:`encode`, and when there is not one generator a picture.
         """
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
         if generators is not None and self.training and self.config.drop_path > 0:
             shape = (self.config.depth, 2)
             draws = torch.stack([torch.rand(shape, device=g.device, generator=g) for g in generators], dim=2)
-        maps = self._stages(tokens, layout, draws=draws)
+        maps = self._stages(tokens, layout, draws=draws, varied=True)
         return [picture for run in maps for picture in run.unbind()]
 
     def encode(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
         The result of an image is the same to the bit whatever else is in the call, and equal to :meth:`forward` of it alone
         (tested on CPUs; on a GPU it rests on every window being computed alike whatever else is in the call).
         """
-        maps = self._stages(*self._pack(images, merge=False), exact=True)
+        maps = self._stages(*self._pack(images, merge=False), exact=True, varied=True)
         return [m[0] for m in maps]
 
     def _pack(self, images: Sequence[Tensor], merge: bool) -> tuple[Tensor, Layout]:
@@ -230,10 +230,13 @@ class Encoder(nn.Module):
         first, second = ((draw >= rate) / (1.0 - rate)).to(like.dtype).unsqueeze(2)[:, images]
         return first, second
 
-    def _stages(self, x: Tensor, layout: Layout, exact: bool = False, draws: Tensor | None = None) -> list[Tensor]:
+    def _stages(
+        self, x: Tensor, layout: Layout, exact: bool = False, draws: Tensor | None = None, varied: bool = False
+    ) -> list[Tensor]:
         """Blocks and scans over packed tokens; one (n, out_channels, h, w) map for each run of equal images.
 
         ``exact``: nothing is computed for two images together that could change an image's bits, and a run is one image.
+        ``varied``: images may have any sizes in every call, so nothing may be prepared for a size.
         """
         fused: list[Tensor] | None = None
         for index, block in enumerate(self.blocks):
@@ -249,7 +252,12 @@ class Encoder(nn.Module):
         assert fused is not None
         out = []
         for part in fused:
-            part = self.out_conv(part.permute(0, 3, 1, 2))
+            part = part.permute(0, 3, 1, 2)
+            if (
+                varied and part.is_cuda
+            ):  # channels last go to cuDNN, which compiles for each new size, for a second and more
+                part = part.contiguous()
+            part = self.out_conv(part)
             out.append(self.out_norm(part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return out
 
