@@ -241,7 +241,8 @@ def test_a_wrong_scan_has_no_speed(monkeypatch, bench):
     assert "16 float32: y is wrong" in err
 
 
-def test_command_line(bench, tmp_path):
+def test_command_line(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     out = tmp_path / "scan.json"
     code, text, err = bench(
         "scan", "--quick", "--device", "cpu", "--dtype", "float32", "--side", 48, "--side", 32, "--out", out
@@ -252,7 +253,7 @@ def test_command_line(bench, tmp_path):
     report = json.loads(out.read_text())
     assert [row["tokens"] for row in report["rows"]] == [9] * 4 + [4] * 4
     assert {row["dtype"] for row in report["rows"]} == {"float32"}
-    assert report["command"].startswith("hrsam bench scan --quick")
+    assert report["command"].startswith("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True hrsam bench scan --quick")
 
 
 @pytest.mark.parametrize(

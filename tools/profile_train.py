@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from hrsam.bench.timing import machine
 from hrsam.data.bank import PhotoBank
 from hrsam.data.transforms import make_batch
 from hrsam.models.presets import build
@@ -68,8 +71,9 @@ def main() -> None:
         return round(1000 * (time.perf_counter() - begun) / count, 2)
 
     timed(step, 10)
-    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **vars(args), "data": len(bank)}
-    report |= {"out": None, "prepare_s": round(time.perf_counter() - started, 1), "step_ms": timed(step, 10)}
+    options = {name: value for name, value in vars(args).items() if name not in ("data", "out")}
+    report = {**machine(device), "command": shlex.join(["python", *sys.argv]), **options, "photos": len(bank)}
+    report |= {"prepare_s": round(time.perf_counter() - started, 1), "step_ms": timed(step, 10)}
     report["user_ms"] = user_time(rollout, step, 10)
     report["batch_ms"] = timed(lambda n: make_batch(bank, args.batch, args.side, generator, settings.canvas), 5)
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:

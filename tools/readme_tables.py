@@ -213,7 +213,7 @@ def training() -> str:
         "| training | found | aim |",
         "|---|---|---|",
         f"| `{step['preset']}`, {step['batch']} canvases of {step['side']} px, one step | {step['step_ms']:.0f} ms | – |",
-        f"| share of canvases and simulated user | {100 * share:.0f} % | ≤ 10 % |",
+        f"| share of canvases and simulated user | {100 * share:.1f} % | ≤ 10 % |",
     ]
     for (preset, pictures), rows in grouped(packing, "preset", "pictures").items():
         same, new, padded = (rows[n] for n in ("packed", "packed, a new layout each step", "padded to the largest"))

@@ -8,6 +8,7 @@ some tenths of a millisecond, in which the host gets ahead: it shows the time of
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import shlex
 import statistics
@@ -28,6 +29,7 @@ from hrsam.bench.gate import BenchError
 WARM_UP = 3
 FEWEST, MOST = 5, 1000  # rounds
 FLUSH_BYTES, FLUSHES = 1 << 28, 4
+SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF",)  # of the environment, told with the command
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = None
     drivers = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if cuda else None
+    told = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     return {
-        "command": shlex.join(["hrsam", *sys.argv[1:]]),
+        "command": shlex.join([*told, "hrsam", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
         "driver": drivers.splitlines()[0] if drivers else None,
