@@ -54,14 +54,14 @@ def demo(
 
     Without pictures it first cuts the bundled photograph with a few clicks of a simulated user and shows how good each mask is.
     """
-    from hrsam.demo import open_page, tour
+    from hrsam.demo import apart, open_page, tour
 
     if pictures and not serve:
         raise ValueError("got pictures and --no-serve; leave one of them out")
-    loaded = _load(model, device)
+    loaded = apart(lambda: _load(model, device))
     if not pictures:
         out.mkdir(parents=True, exist_ok=True)
-        tour(loaded, out / "demo.png", clicks=clicks, side=side, say=typer.echo)
+        apart(lambda: tour(loaded, out / "demo.png", clicks=clicks, side=side, say=typer.echo))
     if serve:
         open_page(
             loaded, model, pictures or (), state=state, side=side, host=host, port=port, browser=browser, say=typer.echo

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_the_pages_figures():
     report = command.run("page", device="cpu", quick=True)
     names = {row["name"] for row in report["rows"]}
-    assert {bench_page.OPENED, bench_page.CLICKED} < names
-    assert len(names) == 5
+    assert {bench_page.OPENED, bench_page.ENCODED, bench_page.CLICKED} < names
+    assert len(names) == 6
     for row in report["rows"]:
         low, high = row["quantiles_20_80"]
         assert 0 < low <= row["median_ms"] <= high

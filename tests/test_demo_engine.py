@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from hrsam.demo.engine import Engine, Refusal, Work, is_exhaustion
+from hrsam.demo.engine import Engine, Refusal, Work, apart, is_exhaustion
 
 
 @pytest.fixture
@@ -338,3 +338,11 @@ def test_long_work_that_runs_out_of_memory_is_begun_anew_once(fails):
         assert refusal(future) == "memory"
     assert len(tries) == 2
     engine.stop()
+
+
+def test_what_is_done_apart_leaves_no_thread():
+    before = threading.enumerate()
+    assert apart(threading.current_thread) not in threading.enumerate()
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 // 0)
+    assert threading.enumerate() == before

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hrsam.bench.demo import MODELS, SIDE, picture
 from hrsam.bench.gate import BenchError
 from hrsam.bench.record import Record
 from hrsam.bench.timing import summary
+from hrsam.demo.engine import apart
 from hrsam.models.model import HRSAM
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -31,6 +33,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 WINDOW = {"width": 1280, "height": 720}
 OPENED, CLICKED = "from the address to a picture that can be moved", "from a click to its mask on the screen"
+ENCODED = "from the address to a picture that is encoded"
 MOVES = ("zooming in", "moving", "zooming out")
 CLICKS = 5  # on an object, before it is cleared
 
@@ -53,11 +56,15 @@ def bench_page(
     record = Record("page", device, quick=quick, seconds=seconds)
     answers, frames = {}, {}
     for preset in presets or MODELS:
-        model = weights.load(preset, device) if "." in preset else models.random_model(preset, device, quick)
+        model = apart(partial(_model, preset, device, quick))
         for side in sides or ((512,) if quick else (SIDE,)):
             what = f"{preset} {side}"
             answers[what], frames[what] = _measured(record, model, preset, side, path)
     return record.done(answers=answers, frames_per_second=frames)
+
+
+def _model(preset: str, device: torch.device, quick: bool) -> HRSAM:
+    return weights.load(preset, device) if "." in preset else models.random_model(preset, device, quick)
 
 
 def browser_path() -> str:
@@ -146,6 +153,7 @@ def _measured(
 
     width, opens = (256, 2) if record.quick else (1024, 5)
     opened: list[float] = []
+    encoded: list[float] = []
     with tempfile.TemporaryDirectory() as temporary:
         photo = Path(temporary) / "picture.jpg"
         Image.fromarray(picture(side)).save(photo, quality=90)
@@ -158,6 +166,7 @@ def _measured(
                 page.wait_for_selector('#stage[data-drawn="true"]')
                 opened.append(page.evaluate("() => performance.now()"))
                 settle(page)
+                encoded.append(page.evaluate("() => performance.now()"))
                 if number < opens - 1:
                     continue
                 clicked = _clicked(page, side, record.seconds)
@@ -167,7 +176,12 @@ def _measured(
                     raise BenchError(f"{preset} {side}: the page complains: {complaints[0]}; no speed is shown for it")
     if len(clicked) < 2:
         raise BenchError(f"{preset} {side}: the masks hold no object; name trained weights with --preset")
-    times = {OPENED: opened, CLICKED: clicked, **{f"a frame while {name}": gaps for name, gaps in moved.items()}}
+    times = {
+        OPENED: opened,
+        ENCODED: encoded,
+        CLICKED: clicked,
+        **{f"a frame while {name}": gaps for name, gaps in moved.items()},
+    }
     record.add({"preset": preset, "picture": side}, {name: summary(values) for name, values in times.items()})
     speeds = {name: round(1000 / statistics.fmean(gaps), 1) for name, gaps in moved.items()}
     return {"median": statistics.median(sizes), "largest": max(sizes)}, speeds

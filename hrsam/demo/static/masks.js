@@ -5,7 +5,7 @@ import { keyOf, meet, parentOf } from "./view.js";
 
 const SLOW = 400; // ms after which a new version is shown as far as it is there
 const KEPT = 120; // tiles a layer
-const MUCH = 40000; // pieces of outline in one tile above which it is noise: its fill is drawn instead
+const MUCH = 20000; // points of outline in one tile above which it is noise: its fill is drawn instead
 
 // One version of one object's mask.
 class Version {
@@ -109,8 +109,9 @@ export class Masks {
     if (failed) this.failed(failed);
     if (!version || failed) return painted.bitmap?.close();
     if (painted.lines) {
-      painted.dense = painted.lines.length / 4 > MUCH;
-      painted.outline = painted.dense ? null : { lines: outline(painted.lines), steps: outline(painted.steps) };
+      painted.dense = painted.lines.points.length / 2 > MUCH;
+      const lines = painted.dense ? null : outline(painted.lines);
+      painted.outline = lines && { lines, steps: painted.steps ? outline(painted.steps) : lines };
     }
     const key = keyOf(tile);
     version.tiles.get(key)?.bitmap?.close();
@@ -157,11 +158,12 @@ export class Masks {
   }
 }
 
-function outline(pieces) {
+function outline({ points, ends }) {
   const path = new Path2D();
-  for (let i = 0; i < pieces.length; i += 4) {
-    path.moveTo(pieces[i], pieces[i + 1]);
-    path.lineTo(pieces[i + 2], pieces[i + 3]);
+  let point = 0;
+  for (const end of ends) {
+    path.moveTo(points[2 * point], points[2 * point + 1]);
+    while (++point < end) path.lineTo(points[2 * point], points[2 * point + 1]);
   }
   return path;
 }

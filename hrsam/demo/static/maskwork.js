@@ -1,8 +1,11 @@
 // The worker that turns masks into tiles: decodes, paints the fill and follows the outline, away from the page's thread.
 // keep: a new mask came. paint: a tile is wanted. drop: versions below this one are not needed any more.
 
+import { joined } from "./lines.js";
 import { readOutline } from "./outline.js";
 import { readMask } from "./png.js";
+
+const LOOSE = 0.4; // pixels of a tile by which a line seen from afar may miss the outline
 
 const held = new Map(); // object -> Map(version -> promise of {x, y, step, width, height, stride, bits})
 
@@ -33,8 +36,8 @@ async function paint({ object, version, tile, grid, colour, address }) {
     if (!mask) return;
     const { width, height, inside, covered, count } = sample(mask, tile, grid);
     if (count === 0) return postMessage({ ...answer, kind: "empty" });
-    const lines = contour(inside, width, height);
-    const steps = tile.level === 0 ? edges(inside, width, height) : lines;
+    const lines = joined(contour(inside, width, height), width, height, LOOSE);
+    const steps = tile.level === 0 ? joined(edges(inside, width, height), width, height, 0) : null;
     const whole = count === 4 * width * height;
     const bitmap = whole ? null : await createImageBitmap(tint(covered, width, height, colour));
     postMessage({ ...answer, kind: whole ? "full" : "some", bitmap, lines, steps }, bitmap ? [bitmap] : []);

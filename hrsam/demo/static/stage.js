@@ -142,7 +142,8 @@ export class Stage {
       [thick, (colour) => colour],
     ];
     const sharp = this.view.at.scale * this.ratio >= SHARP;
-    ctx.lineCap = sharp ? "square" : "round";
+    ctx.lineCap = sharp ? "square" : "round"; // where the lines of two tiles meet
+    ctx.lineJoin = sharp ? "miter" : "bevel";
     ctx.globalAlpha = this.settings.mode === "outline" ? this.settings.opacity : 1;
     for (const [width, stroke] of lines) {
       for (const { box, from, tile, painted, colour } of parts) {
