@@ -1,6 +1,6 @@
 """What refining gains: IoU and boundary IoU after some clicks of the simulated user, as they are and refined, as JSON.
 
-python tools/measure_refine.py --hqseg44k DIR --davis DIR --out tools/reports/starter_refine.json
+python tools/measure_refine.py --hqseg44k DIR --davis DIR --out tools/reports/refine.json
 
 Each object is clicked on as in the evaluation, on masks that are not refined; after 1, 3 and 5 clicks the mask is refined
 once and measured beside the one before.  A refine that is refused leaves the mask as it is, and is counted.
