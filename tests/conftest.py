@@ -5,7 +5,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any test imports one
-if "OMP_NUM_THREADS" not in os.environ:  # two pools of different sizes fight for the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # each test process has its core
+    torch.set_num_threads(1)
+elif "OMP_NUM_THREADS" not in os.environ:  # two pools of different sizes fight for the cores
     torch.set_num_threads(2)
 
 

@@ -274,7 +274,7 @@ def kill_while_saving(folder, hits, seed=0):
 
 
 def test_a_killed_writer_leaves_whole_files(tmp_path):
-    kill_while_saving(tmp_path, 20)
+    kill_while_saving(tmp_path, 6)
 
 
 @pytest.mark.slow
