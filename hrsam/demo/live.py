@@ -75,6 +75,7 @@ class Live:
         if not shows:
             self._shown.set()
         self._pen = asyncio.Lock()  # one message at a time
+        self._mentions: set[asyncio.Future[None]] = set()  # a loop holds its tasks weakly
         self._out: asyncio.Queue[Awaitable[list[bytes]]] = asyncio.Queue(4 * limits.waiting_a_desk)
 
     async def run(self) -> None:
@@ -220,10 +221,15 @@ class Live:
         """What a refine calls in the engine's thread: the page hears how far it is."""
         loop = asyncio.get_running_loop()
 
+        def mention(header: dict[str, Any]) -> None:
+            task = asyncio.ensure_future(self._mention(header))
+            self._mentions.add(task)
+            task.add_done_callback(self._mentions.discard)
+
         def tell(regions: tuple[int, int]) -> None:
             header = {"event": "refining", "command": seq, "done": regions[0], "of": regions[1]}
             with suppress(RuntimeError):  # the server has stopped
-                loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._mention(header)))
+                loop.call_soon_threadsafe(mention, header)
 
         return tell
 
