@@ -1,6 +1,7 @@
 """One thread for the model: turns, limits, what is taken back, and memory that runs out."""
 
 import threading
+import time
 import weakref
 
 import pytest
@@ -276,6 +277,13 @@ def test_long_work_is_taken_back_in_the_middle(engine, how):
     assert steps.work.pieces is None
 
 
+def until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def test_long_work_is_taken_back_between_two_pieces(engine):
     steps, other = Stepwise(engine), threading.Event()
     future = engine.submit("a", steps.work)
@@ -283,8 +291,7 @@ def test_long_work_is_taken_back_between_two_pieces(engine):
     engine.open.set()
     assert steps.there.wait(10)
     steps.go.set()  # now the other's turn is
-    while steps.work not in engine._waiting.get("a", ()):
-        pass
+    until(lambda: steps.work in engine._waiting.get("a", ()))
     assert engine.drop_long("a", 1) == 1
     other.set()
     assert refusal(future) == "superseded"
@@ -312,8 +319,7 @@ def test_a_stop_in_the_middle_of_long_work_is_told(engine):
     assert steps.there.wait(10)
     stopping = threading.Thread(target=engine.stop)
     stopping.start()
-    while not engine._stopped:
-        pass
+    until(lambda: engine._stopped)
     steps.go.set()
     stopping.join(10)
     assert refusal(future) == "gone"
