@@ -347,6 +347,37 @@ def test_target_weights_and_area(bank):
     assert not twice[differ].all()
 
 
+def test_a_mosaic_is_four_canvases_with_targets_in_two(bank):
+    batch = draw(bank, 6, 64, seed=1, mosaic=0.5, target_area=(0.001, 0.9))
+    whole = draw(bank, 3, 64, seed=1, target_area=(0.001, 0.9))
+    for name in ("pixels", "truth", "valid"):
+        assert torch.equal(getattr(batch, name)[:3], getattr(whole, name))
+    generator = torch.Generator().manual_seed(1)
+    make_batch(bank, 3, 64, generator, CanvasSettings())
+    quarters = make_batch(bank, 12, 32, generator, CanvasSettings(target_area=(0.004, 0.9)))
+    chosen = []
+    for i in range(3):
+        for k, (top, left) in enumerate(((0, 0), (0, 32), (32, 0), (32, 32))):
+            place = slice(None), slice(top, top + 32), slice(left, left + 32)
+            assert torch.equal(batch.pixels[3 + i][place], quarters.pixels[4 * i + k])
+            assert torch.equal(batch.valid[3 + i][place], quarters.valid[4 * i + k])
+            for target in batch.truth[3 + i][place]:
+                assert not target.any() or torch.equal(target, quarters.truth[4 * i + k, 0])
+        homes = batch.truth[3 + i].unflatten(2, (2, 32)).unflatten(1, (2, 32)).amax((2, 4)).flatten(1)  # (2, 4)
+        assert homes.sum(1).tolist() == [1, 1]
+        assert not (homes[0] & homes[1]).any()
+        chosen += homes.int().argmax(1).tolist()
+    assert len(set(chosen)) > 2
+
+
+def test_the_quarters_of_mosaics_show_all_photos_in_turn(bank):
+    settings = CanvasSettings(mosaic=0.4, **STILL)
+    batch = make_batch(bank, 5, 64, torch.Generator().manual_seed(0), settings, torch.arange(5))
+    quarters = batch.pixels[3:].unflatten(3, (2, 32)).unflatten(2, (2, 32)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    for quarter, photo in zip(quarters, (3, 4, 0, 1, 2, 3, 4, 0)):
+        assert near(quarter.unsqueeze(0), COLOURS[photo]).any()
+
+
 def test_shrinking_does_not_alias(tmp_path):
     board = np.indices((64, 64)).sum(0) % 2 * 255
     save(tmp_path / "images/a.png", np.repeat(board[..., None], 3, 2).astype(np.uint8))
@@ -415,6 +446,8 @@ def test_jpeg_loses_more_at_lower_quality():
 def test_wrong_arguments_and_settings_are_refused(bank):
     with pytest.raises(ValueError, match="side=60"):
         draw(bank, 1, 60)
+    with pytest.raises(ValueError, match=r"side=72.*multiple of 16"):
+        draw(bank, 1, 72, mosaic=1)
     with pytest.raises(ValueError, match="smaller number first"):
         CanvasSettings(scale=(2, 1))
     with pytest.raises(ValueError, match="copypaste"):
@@ -437,11 +470,12 @@ def test_mixed_precision_around_it_changes_no_pixel(bank):
 @pytest.mark.gpu
 def test_a_batch_on_the_gpu_never_waits_for_it(bank):
     there, generator = bank.to("cuda"), torch.Generator("cuda").manual_seed(0)
-    make_batch(there, 4, 64, generator)  # constants are copied once
+    settings = CanvasSettings(mosaic=0.5)
+    make_batch(there, 4, 64, generator, settings)  # constants are copied once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch = make_batch(there, 4, 64, generator)
+        batch = make_batch(there, 4, 64, generator, settings)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert batch.pixels.isfinite().all()

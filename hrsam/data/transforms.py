@@ -62,6 +62,9 @@ class CanvasSettings(Settings):
 
     Targets: ``target_weights`` of the object, another object of the photo, and the pasted ones; those that cover a part
     of the canvas within ``target_area`` take part.
+
+    ``mosaic``: share of a batch's canvases that are four of half the side, next to one another, with targets in two of them.
+    Small photos then are enlarged half as much, and objects are small beside others.
     """
 
     whole_photo: Chance = 0.35
@@ -94,6 +97,7 @@ class CanvasSettings(Settings):
     jpeg_quality: Factor = (30, 95)
     target_weights: tuple[float, float, float, float] = (1.0, 0.6, 0.6, 0.6)
     target_area: Range = (0.0015, 0.95)
+    mosaic: Chance = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,18 +148,61 @@ def make_batch(
 ) -> Batch:
     """Draw ``batch`` canvases of ``side`` pixels (a multiple of 8) on the bank's device.
 
-    ``photos`` (batch,) int64: whose canvases they are; None: drawn, so that a photo may come twice.
+    ``photos`` (batch,) int64: whose canvases they are; None: drawn, so that a photo may come twice.  Quarters of a mosaic
+    take them in turn.
     All random numbers come from ``generator``, which must live on that device: equal states give equal batches.
     A canvas shows a photo with one of its masks; up to two objects of other photos lie over it and cut the masks below.
     Masks are smoothed over 3 × 3 photo pixels, resized bilinearly and cut at one half.
     """
     settings = settings or CanvasSettings()
-    if batch < 1 or side < 8 or side % 8:
-        raise ValueError(f"got batch={batch}, side={side}; give at least 1 and a positive multiple of 8")
+    mosaics = round(settings.mosaic * batch)
+    unit = 16 if mosaics else 8
+    if batch < 1 or side < unit or side % unit:
+        raise ValueError(f"got batch={batch}, side={side}; give at least 1 and a positive multiple of {unit}")
     if generator.device.type != bank.device.type:
         raise ValueError(f"the generator is on {generator.device}, the photos on {bank.device}; give both one device")
     with torch.autocast(bank.device.type, enabled=False):  # pixels stay float32 in a training that is not
-        return _compose(bank, batch, side, Dice(generator, batch), settings, photos)
+        parts = []
+        if mosaics < batch:
+            own = None if photos is None else photos[: batch - mosaics]
+            parts.append(_compose(bank, batch - mosaics, side, Dice(generator, batch - mosaics), settings, own))
+        if mosaics:
+            own = None if photos is None else photos.roll(mosaics).repeat(4)[: 4 * mosaics]
+            parts.append(_mosaic(bank, mosaics, side, generator, settings, own))
+        if len(parts) == 1:
+            return parts[0]
+        return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in ("pixels", "truth", "valid")))
+
+
+def _mosaic(
+    bank: PhotoBank,
+    batch: int,
+    side: int,
+    generator: torch.Generator,
+    settings: CanvasSettings,
+    photos: Tensor | None,
+) -> Batch:
+    """Canvases of four quarters each; ``photos`` (4 · batch,)."""
+    smallest, largest = settings.target_area
+    limits = {"target_area": (min(4 * smallest, largest), largest)}  # as much of a canvas as of one photo's
+    quarters = _compose(
+        bank, 4 * batch, side // 2, Dice(generator, 4 * batch), settings.model_copy(update=limits), photos
+    )
+    dice = Dice(generator, batch)
+    places = torch.arange(4, device=bank.device)
+    first = dice.below(torch.full((batch,), 4, device=bank.device))
+    second = (first + 1 + dice.below(torch.full((batch,), 3, device=bank.device))) % 4
+    chosen = torch.stack((first, second), 1).unsqueeze(1) == places.view(4, 1)  # (batch, 4, 2)
+    return Batch(
+        _joined(quarters.pixels),
+        _joined(quarters.truth[:, :1] & chosen.view(-1, 2, 1, 1)),
+        _joined(quarters.valid),
+    )
+
+
+def _joined(quarters: Tensor) -> Tensor:
+    """(4B, C, h, w) -> (B, C, 2h, 2w), row by row."""
+    return quarters.unflatten(0, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
 def _compose(
