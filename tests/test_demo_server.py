@@ -6,6 +6,8 @@ import os
 import threading
 import time
 from dataclasses import replace
+from importlib import metadata
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -95,6 +97,16 @@ def hold(site):
     site.engine.submit("hold", Work(lambda: (begun.set(), go.wait(20))))
     assert begun.wait(10)
     return go.set
+
+
+def test_it_runs_without_being_installed(client, monkeypatch):
+    assert client.json("GET", "/api/about")["version"] == version("hrsam")
+    monkeypatch.setattr(metadata.Distribution, "from_name", lambda name: missing(name))
+    assert client.json("GET", "/api/about")["version"] == "not installed"
+
+
+def missing(name):
+    raise metadata.PackageNotFoundError(name)
 
 
 def test_pictures_and_tiles(client, folder):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Site:
     def about(self) -> dict[str, Any]:
         limits = self.limits
         return {
-            "version": version("hrsam"),
+            "version": _version(),
             "model": self.model_name.split(" ")[0],
             "preset": self.model.config.preset,
             "device": str(self.model.device),
@@ -75,3 +75,10 @@ class Site:
     def _advice(self) -> str:
         half = max(256, self.side // 2 // 16 * 16)
         return f"start the server with --side {half}, which takes a quarter, or close other programs"
+
+
+def _version() -> str:
+    try:
+        return version("hrsam")
+    except PackageNotFoundError:  # run from its folder, without being installed
+        return "not installed"
