@@ -48,7 +48,8 @@ def scan(token, pack):
     for name in ("chain_states", "chain_adjoints"):
         check(getattr(s.programs, name), sizes | {"BC": s.CHAIN_LANES}, types, "*fp32", s.CHAIN_WARPS, note=token)
     for outputs in (False, True):
-        check(s.programs.scan_chunks, sizes | {"BC": s.SCAN_LANES, "OUTPUTS": outputs}, types, "*fp32", 1, note=token)
+        flags = {"BC": s.SCAN_LANES, "OUTPUTS": outputs, "FETCH": outputs}
+        check(s.programs.scan_chunks, sizes | flags, types, "*fp32", 1, note=token)
     check(s.programs.enter_chunks, sizes | {"BC": s.ENTER_LANES}, types, "*fp32", s.ENTER_WARPS, note=token)
     for name in ("local_adjoints", "gradients"):
         check(getattr(s.programs, name), sizes | {"BC": s.LANES}, types, "*fp32", 1, note=token)
@@ -94,6 +95,7 @@ types = {"g": "*i16", "out": "*i32", "height": "i32", "width": "i32"}
 check(d.across_rows, {"ROWS": d.ROWS, "COLUMNS": d.COLUMNS}, types, None, 4)
 """
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
+SCAN = 168  # registers of F1 and F3 in 16 bit: twelve programs to a multiprocessor, as the number of chunks supposes
 
 
 def spilled(kernel, capability):
@@ -120,6 +122,7 @@ def test_compiles_and_keeps_to_registers(capability, extent, tmp_path):
     for kernel in found:
         assert kernel["shared"] <= SHARED[capability], kernel
         assert kernel.get("STACK", 0) <= spilled(kernel, capability), kernel
+        assert kernel["kernel"] != "scan_chunks" or kernel["note"] == "fp32" or kernel.get("REG", 0) <= SCAN, kernel
         if (
             capability == 90
             and "attend" in kernel["kernel"]

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from hrsam.kernels import cycle_scan_device as programs
+from hrsam.kernels import interpreting
 from hrsam.tables import as_table, cached, pieces, to_device
 
 CHUNK = 8  # tokens of a chunk of the backward pass; a lane of B3 keeps 5 values a token and channel in registers
@@ -82,8 +83,13 @@ def _scan_chunks(inputs, states, elapsed, y, sizes, outputs):
     u, r, B, C = inputs[:4]
     programs.scan_chunks[triton.cdiv(sizes["channels"], SCAN_LANES), len(inputs[8])](
         *inputs, states, elapsed, y, u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes,
-        BC=SCAN_LANES, PACK=_pack(sizes["N"], B, C), OUTPUTS=outputs, num_warps=1,
+        BC=SCAN_LANES, PACK=_pack(sizes["N"], B, C), OUTPUTS=outputs, FETCH=outputs and _can_fetch(), num_warps=1,
     )  # fmt: skip
+
+
+def _can_fetch() -> bool:
+    """Whether there is NVIDIA's cache to be told what comes next; F1 waits for less and is slower with it."""
+    return torch.version.cuda is not None and not interpreting()
 
 
 def _pack(states: int, *rows: Tensor) -> int:

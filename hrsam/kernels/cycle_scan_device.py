@@ -22,6 +22,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_FETCH = tl.constexpr("prefetch.global.L1 [$1]; mov.b32 $0, 0;")
 
 
 @triton.jit
@@ -121,14 +122,14 @@ def _place(chunks, channels: tl.constexpr, BC: tl.constexpr):
 def scan_chunks(
     u, r, B, C, dt_bias, A_log, D, gamma, chunks, states, elapsed, y,
     u_row: tl.constexpr, r_row: tl.constexpr, B_row: tl.constexpr, C_row: tl.constexpr, channels: tl.constexpr,
-    N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, PACK: tl.constexpr, OUTPUTS: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr, BC: tl.constexpr, PACK: tl.constexpr, OUTPUTS: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """F1, chunks of any length: ``states`` (chunks, N, Ch) gets the end state from zero, ``elapsed`` (chunks, Ch) the sum of
     Δ.  With ``OUTPUTS`` F3: from the states that chunks are entered with to ``y`` (T, Ch).
 
     A lane is two channels and holds their states in registers, tokens follow one another.  One power a state and token is
     what takes time here; nothing crosses lanes, and what a state needs of B and C serves both channels.  ``PACK``: how many
-    of a row's elements of B and C are loaded at once.
+    of a row's elements of B and C are loaded at once.  ``FETCH``: the next token's rows of both are brought into the cache.
     """
     chunk = tl.program_id(1).to(tl.int64)
     first = tl.load(chunks + 3 * chunk)
@@ -154,9 +155,18 @@ def scan_chunks(
             hs = hs + (tl.load(states + (chunk * N + n) * channels + c, live, other=0.0),)
         else:
             hs = hs + (tl.zeros((BC,), tl.float32),)
+    if FETCH:  # lanes share the sectors of a row of B and one of C
+        size: tl.constexpr = B.dtype.element_ty.primitive_bitwidth // 8
+        lane = tl.arange(0, 32)
+        sector = lane * (32 // size) % N
+        ahead = tl.where(lane < 16, (B + sector).to(tl.int64), (C + sector).to(tl.int64))
+        step = tl.where(lane < 16, B_row * size, C_row * size)
     u_next = tl.load(u + c, live, other=0.0)  # one token ahead
     r_next = tl.load(r + c, live, other=0.0)
     for t in range(0, count):
+        if FETCH:
+            ahead += tl.where(t + 1 < count, step, 0)
+            tl.inline_asm_elementwise(_FETCH, "=r,l", [ahead], dtype=tl.int32, is_pure=False, pack=1)
         value = u_next.to(tl.float32)
         if OUTPUTS:
             value = value * gain
