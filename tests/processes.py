@@ -1,7 +1,26 @@
 """What tests of several processes share."""
 
+import multiprocessing
 import time
 from pathlib import Path
+
+
+def begun(target, *args):
+    """A process of its own that calls ``target(*args)``, a function of a module; what it imports is there already."""
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def exit_code(target, *args, seconds=300):
+    """How ``target(*args)`` ends in a process of its own, within this time."""
+    process = begun(target, *args)
+    process.join(seconds)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    assert code is not None
+    return code
 
 
 def alive(pid):

@@ -1,8 +1,6 @@
 """Click segmentation without weights."""
 
 import builtins
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ from hrsam.baselines import BASELINES, build_baseline
 from hrsam.clicks import Click, next_click
 from hrsam.metrics import iou
 from tests.builders import photo
+from tests.processes import exit_code
 
 
 def disc_on_noise(height=120, width=160):
@@ -123,21 +122,15 @@ def test_clicks_at_once_are_clicks_one_by_one():
     assert np.array_equal(at_once.click(clicks[:1]), masks[0])  # the others taken back
 
 
-CHILD = """
-import sys, numpy as np
-from hrsam.baselines import build_baseline
-from hrsam.clicks import Click
-x, y, dot = (int(v) for v in sys.argv[1:])
-pixels = np.full((300, 400, 3), 255, np.uint8)
-pixels[100, 100] = 255 - 255 * dot
-baseline = build_baseline("grabcut")
-baseline.start(pixels)
-print(baseline.click([Click(x, y)]).sum())
-"""
+def click_on_one_colour(x, y, dot):
+    pixels = np.full((300, 400, 3), 255, np.uint8)
+    pixels[100, 100] = 255 - 255 * dot
+    baseline = build_baseline("grabcut")
+    baseline.start(pixels)
+    assert baseline.click([Click(x, y)]).sum() > 0
 
 
 @pytest.mark.parametrize("case", [(0, 0, 0), (200, 150, 1)])
 def test_areas_of_one_colour_do_not_stall(case):
     """In a process of its own, since OpenCV cannot be interrupted."""
-    command = [sys.executable, "-c", CHILD, *map(str, case)]
-    assert int(subprocess.run(command, timeout=60, capture_output=True, check=True).stdout) > 0
+    assert exit_code(click_on_one_colour, *case, seconds=60) == 0

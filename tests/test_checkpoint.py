@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import multiprocessing
 import os
 import pickle
 import random
@@ -25,6 +24,7 @@ from hrsam.checkpoint import (
     sweep,
     write_atomically,
 )
+from tests.processes import begun
 
 
 class Trap:
@@ -252,17 +252,15 @@ def save_for_ever(folder, first):
 
 def kill_while_saving(folder, hits, seed=0):
     """Kill a process that does nothing but save until ``hits`` kills fell between the first byte and the name of a file."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_checkpoint"])
     rng, kills, inside, first = random.Random(seed), 0, 0, 1
     save_checkpoint(state(0, 250_000), folder, 0, keep=2)
     while inside < hits:
-        child = context.Process(target=save_for_ever, args=(folder, first))
-        child.start()
+        child = begun(save_for_ever, folder, first)
         deadline = time.monotonic() + 60
         while step_of(checkpoints(folder)[-1]) < first:
             assert child.is_alive()
             assert time.monotonic() < deadline
+            time.sleep(0.002)
         child.join(rng.uniform(0, 0.03))
         child.kill()
         child.join()

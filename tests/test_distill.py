@@ -1,6 +1,5 @@
 """Distillation: its recipes, its steps against formulas, resume, and both stages from the shipped configs."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -37,6 +36,7 @@ from hrsam.train import TrainSettings, start_model
 from hrsam.weightfile import read_metadata, save
 from hrsam.weights import load
 from tests.builders import photo, small_config, small_model
+from tests.processes import exit_code
 from tests.tiny_training import (
     assert_same_logs,
     assert_same_states,
@@ -284,6 +284,7 @@ def killed_child(run, step):
     distill(run)
 
 
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_run_goes_on_to_the_same_last_bit(tmp_path, teacher, pictures, workers):
     phases = (Phase(side=SIDE, batch=2, steps=3, lr=1e-3), Phase(side=32, batch=3, steps=3, lr=1e-3))
@@ -297,10 +298,7 @@ def test_a_killed_run_goes_on_to_the_same_last_bit(tmp_path, teacher, pictures, 
     straight = run_of(tmp_path / "straight", teacher, pictures, **changes)
     distill(straight)
     run = run_of(tmp_path / "run", teacher, pictures, workers=workers, **changes)
-    process = multiprocessing.get_context("spawn").Process(target=killed_child, args=(run, 5))
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
+    assert exit_code(killed_child, run, 5) == -signal.SIGKILL
     assert log_lines(run)[-1]["step"] == 5
     distill(run)
     assert_same_states(last_state(run), last_state(straight))
@@ -353,8 +351,10 @@ def test_false_colours_show_differences(tmp_path):
 
 
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_stages_from_the_shipped_configs(tmp_path, monkeypatch, capsys, whole):
+def test_two_stages_from_the_shipped_configs(tmp_path, monkeypatch, capsys, whole, request):
     """Distil, export, tune with clicks, export: the commands of the configs, and the model they give answers clicks."""
+    if not whole:
+        request.getfixturevalue("quick_processes")
     short = [] if whole else ["phases.0.steps=6", "phases.1.steps=2", "log_every=1"]
     steps = 10 if whole else 6
     monkeypatch.chdir(tmp_path)

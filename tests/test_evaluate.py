@@ -1,13 +1,13 @@
 """A whole evaluation: files, processes, going on after a stop, bad data, replay, comparison."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
+import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hrsam import evaluate as run
+from hrsam import playing
 from hrsam.cli import main
 from hrsam.data.datasets import open_dataset
 from hrsam.evaluate import Evaluation, choices, choose_protocol, compare_files, evaluate
@@ -26,10 +27,9 @@ from hrsam.segmenters import ModelSegmenter
 from hrsam.traces import read_traces, traces_hash
 from hrsam.weightfile import WeightsError, save
 from tests.builders import photo, small_model
-from tests.processes import assert_gone
+from tests.processes import assert_gone, begun, exit_code
 
 CLICKS = 3
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,7 @@ def alike(report, other):
         assert sample["ious"] == pytest.approx(expected["ious"], abs=1e-4)
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_batches_give_the_same_numbers_and_are_said_in_the_report(what, tmp_path):
     one = evaluate(replace(what, tie_seeds=1))
     assert one["machine"]["batch"] == 1
@@ -229,36 +230,25 @@ def test_replay_scores_another_model_on_the_same_clicks(what, tmp_path):
         evaluate(replace(what, root=str(shorter), out=str(tmp_path / "x"), replay=traces))
 
 
-KILLED = """
-import multiprocessing, os, signal, sys
-from pathlib import Path
-from hrsam.data.datasets import open_dataset
-from hrsam.evaluation import Protocol
-from hrsam.playing import play_all
+def make_slowly():
+    time.sleep(3600)
 
-class Slow:
-    def __call__(self):
-        import time
-        time.sleep(3600)
 
-if __name__ == "__main__":
-    import hrsam.playing as playing
+def killed(root, parts, told):
+    """Play with two processes, and be killed while they begin; the file ``told`` gets their numbers."""
 
     def submitted(futures):
-        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        told.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
         os.kill(os.getpid(), signal.SIGKILL)
 
     playing.as_completed = submitted
-    play_all(open_dataset("pairs", sys.argv[1]), Slow(), Protocol(), {}, Path(sys.argv[2]), processes=2)
-"""
+    play_all(open_dataset("pairs", root), make_slowly, Protocol(), {}, parts, processes=2)
 
 
 def test_processes_end_with_the_one_that_is_killed(root, tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    done = subprocess.run([sys.executable, script, root, tmp_path / "parts"], cwd=ROOT, capture_output=True, timeout=60)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    workers = done.stdout.split()
+    told = tmp_path / "told"
+    assert exit_code(killed, root, tmp_path / "parts", told, seconds=60) == -signal.SIGKILL
+    workers = told.read_text().split()
     assert len(workers) == 2
     assert_gone(map(int, workers))
 
@@ -304,23 +294,30 @@ def test_protocols_by_name():
     assert any("hqseg44k" in line and "1537" in line for line in choices())
 
 
+def launched(command, environment):
+    os.environ.update(environment)
+    sys.argv = command
+    main()
+
+
 def test_under_a_launcher_every_process_takes_its_share(what, tmp_path):
     """Two processes as ``torchrun`` starts them: RANK, WORLD_SIZE and an address."""
     expected = evaluate(what)["trace_sha256"]
     command = [
-        sys.executable, "-m", "hrsam", "evaluate", "--dataset", "pairs", "--root", what.root, "--model", what.model,
+        "hrsam", "evaluate", "--dataset", "pairs", "--root", what.root, "--model", what.model,
         "--side", "64", "--clicks", str(CLICKS), "--device", "cpu", "--out", str(tmp_path / "two"),
     ]  # fmt: skip
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for rank in (0, 1)
-    ]
-    ended = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ended
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [begun(launched, command, {**shared, "RANK": str(rank)}) for rank in (0, 1)]
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0, 0]
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["trace_sha256"] == expected
     parts = {path.name: len(read_traces(path)[1]) for path in (tmp_path / "two" / "parts").iterdir()}

@@ -1,5 +1,6 @@
 """Rounds of clicks on packed pictures: a pack in one batch against one picture after the other."""
 
+import functools
 import math
 import random
 from collections import Counter
@@ -32,8 +33,8 @@ class Plan(random.Random):
 STARTS = {"box": 0.0, "random clicks": 0.2, "click": 0.9}
 EACH_START = pytest.mark.parametrize("start", STARTS.values(), ids=STARTS.keys())
 # (sizes, objects): the first, third and last have one grid, padded differently; in the other no two have
-SHARED = [(64, 96), (37, 50), (64, 90), (20, 9), (64, 96)], [2, 1, 3, 1, 2]
-DIFFERENT = [(96, 32), (32, 112), (50, 77), (17, 16), (64, 64)], [1, 3, 1, 2, 1]
+SHARED = ((64, 96), (37, 50), (64, 90), (20, 9), (64, 96)), (2, 1, 3, 1, 2)
+DIFFERENT = ((96, 32), (32, 112), (50, 77), (17, 16), (64, 64)), (1, 3, 1, 2, 1)
 
 
 def discs(size, count, seed):
@@ -82,15 +83,34 @@ def prompts_of(rollout, monkeypatch):
     return calls
 
 
-def one_after_the_other(rollout, weights, start, pack):
-    """Loss, and IoU of each round over all objects, with the gradients added up."""
-    total, reached, objects = 0.0, 0.0, pack[1]
+def each_alone(start, pack, dtype=torch.float64):
+    """Loss of each picture by itself with a weight of 1, IoU of each round over all objects, gradients (pictures, all)."""
+    rollout, objects = fresh_rollout(dtype), pack[1]
+    losses, gradients, reached = [], [], 0.0
     for index, count in enumerate(objects):
-        one, iou = play(rollout, [index], weights, start, pack)
+        rollout.zero_grad()
+        one, iou = play(rollout, [index], [1.0] * len(objects), start, pack)
         one.backward()
-        total += float(one.detach())
+        losses.append(float(one.detach()))
+        gradients.append(torch.cat([p.grad.flatten() for p in rollout.parameters()]))
         reached = reached + iou * count / sum(objects)
-    return total, reached
+    return losses, reached, torch.stack(gradients)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """:func:`each_alone`, asked once for each start and pack: their tests follow each other."""
+    return functools.lru_cache(1)(each_alone)
+
+
+def one_after_the_other(weights, losses, reached, gradients):
+    """Loss, IoU of each round over all objects, and a rollout with the gradients: sums over the pictures with these weights."""
+    rollout = fresh_rollout(gradients.dtype)
+    parameters = list(rollout.parameters())
+    added = (torch.tensor(weights, dtype=gradients.dtype) @ gradients).split([p.numel() for p in parameters])
+    for p, gradient in zip(parameters, added, strict=True):
+        p.grad = gradient.view_as(p)
+    return sum(weight * loss for weight, loss in zip(weights, losses, strict=True)), reached, rollout
 
 
 @pytest.mark.parametrize(
@@ -98,16 +118,16 @@ def one_after_the_other(rollout, weights, start, pack):
     [(SHARED, "image"), (SHARED, "object"), (SHARED, "pixel"), (DIFFERENT, "image"), (DIFFERENT, "pixel")],
 )
 @EACH_START
-def test_packed_rounds_equal_one_picture_after_the_other(start, pack, reduction):
+def test_packed_rounds_equal_one_picture_after_the_other(start, pack, reduction, alone):
     _, _, counts = clicked_pack(pack)
     weights = loss_weights(reduction, counts, loss_total(reduction, counts))
-    packed, alone = fresh_rollout(), fresh_rollout()
+    packed = fresh_rollout()
     loss, ious = play(packed, range(5), weights, start, pack)
     loss.backward()
-    total, reached = one_after_the_other(alone, weights, start, pack)
+    total, reached, added = one_after_the_other(weights, *alone(start, pack))
     assert loss.dtype == torch.float64
     assert float(loss.detach()) == pytest.approx(total, abs=1e-10)
-    assert largest_difference(alone, packed) <= 1e-9
+    assert largest_difference(added, packed) <= 1e-9
     torch.testing.assert_close(ious, reached, atol=1e-6, rtol=0)
     assert len(ious) == 3
 
@@ -115,14 +135,14 @@ def test_packed_rounds_equal_one_picture_after_the_other(start, pack, reduction)
 @EACH_START
 def test_packed_rounds_in_single_precision(start):
     weights = [0.2] * 5
-    packed, alone = fresh_rollout(torch.float32), fresh_rollout(torch.float32)
+    packed = fresh_rollout(torch.float32)
     loss, ious = play(packed, range(5), weights, start, DIFFERENT)
     loss.backward()
-    total, reached = one_after_the_other(alone, weights, start, DIFFERENT)
+    total, reached, added = one_after_the_other(weights, *each_alone(start, DIFFERENT, torch.float32))
     assert loss.dtype == torch.float32
     assert float(loss.detach()) == pytest.approx(total, abs=2e-6)
     torch.testing.assert_close(ious, reached, atol=1e-4, rtol=0)
-    whole, parts = (torch.cat([p.grad.flatten() for p in r.model.parameters()]) for r in (packed, alone))
+    whole, parts = (torch.cat([p.grad.flatten() for p in r.model.parameters()]) for r in (packed, added))
     assert whole.norm() > 1e-3
     assert (whole - parts).norm() < 1e-5 * whole.norm()
 

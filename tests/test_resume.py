@@ -3,12 +3,12 @@
 import importlib
 import itertools
 import math
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from hrsam.optim import Gradients, Phase
 from hrsam.rollout import ClickRollout, Rounds
 from hrsam.run import DISK, NOT_FINITE, WORKER, RunFailed
 from tests.builders import small_config
+from tests.processes import exit_code
 from tests.tiny_training import (
     assert_same_logs,
     assert_same_states,
@@ -64,7 +65,7 @@ def long_run(out, folder, **changes):
 def straight(tmp_path_factory, folder):
     """The run that nobody disturbed."""
     run = long_run(tmp_path_factory.mktemp("straight") / "run", folder)
-    assert in_a_child(run) == 0
+    assert exit_code(child, run) == 0
     return run
 
 
@@ -92,22 +93,11 @@ def bomb(target, number, after):
     setattr(place, name, call)
 
 
-def child(run, fuse):
+def child(run, fuse=None):
     use_small_preset()
     if fuse is not None:
         bomb(*fuse)
     training.train(run)
-
-
-def in_a_child(run, fuse=None):
-    """Exit code of the run in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_resume", "accelerate", "torch._dynamo", "torch.utils.tensorboard"])
-    process = context.Process(target=child, args=(run, fuse))
-    process.start()
-    process.join(300)
-    assert process.exitcode is not None
-    return process.exitcode
 
 
 IN_STEPS, IN_SAVES = (1, 4, 7, 10, 12), (2, 3, 5, 6, 7)
@@ -133,8 +123,8 @@ FEW = (
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in FUSES])
 def test_a_killed_run_goes_on_to_the_same_last_bit(tmp_path, folder, straight, name):
     run = long_run(tmp_path / "run", folder)
-    assert in_a_child(run, FUSES[name]) == -signal.SIGKILL
-    assert in_a_child(run) == 0
+    assert exit_code(child, run, FUSES[name]) == -signal.SIGKILL
+    assert exit_code(child, run) == 0
     assert_same_as(run, straight)
     shutil.rmtree(tmp_path)
 
@@ -145,7 +135,7 @@ def test_a_run_that_is_killed_again_and_again_arrives(tmp_path, folder, straight
     run = long_run(tmp_path / "run", folder)
     codes = []
     while not codes or codes[-1] != 0:
-        codes.append(in_a_child(run, ("hrsam.loop.move", 4, False)))
+        codes.append(exit_code(child, run, ("hrsam.loop.move", 4, False)))
         assert len(codes) < STEPS
     assert codes[:-1] == [-signal.SIGKILL] * (len(codes) - 1)
     assert len(codes) > 4
@@ -288,8 +278,8 @@ def test_torchs_own_random_numbers_are_part_of_the_step(tmp_path, bank, monkeypa
 def test_a_second_ctrl_c_stops_at_once(tmp_path, bank, monkeypatch):
     def ask(count, batch):
         if count == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(2):  # to this thread, since two that another one gets at once are one to Python
+                signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         return batch
 
     on_batch(monkeypatch, ask)

@@ -38,6 +38,7 @@ def run(tmp_path, folder):
     return tmp_path / "a <run>"
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_the_page_says_what_the_log_and_the_evaluation_say(run, folder, tmp_path):
     assert write_run_report(run) == run / "report.html"
     text = (run / "report.html").read_text("utf-8")

@@ -7,13 +7,10 @@ import os
 import random
 import select
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,9 +27,11 @@ from hrsam.data.stream import Canvases, Packed, Source, Stream, StreamSettings
 from hrsam.data.transforms import CanvasSettings, make_batch
 from hrsam.data.workers import WorkerError
 from tests.builders import photo
+from tests.processes import begun
 
 SHAPES = ((40, 64), (64, 30), (50, 50), (33, 90), (120, 80), (64, 64), (20, 100))
 STILL = {"mirror": 0, "colour": 0}
+QUICK = pytest.mark.usefixtures("quick_processes")
 
 
 def save(path, array):
@@ -319,6 +318,7 @@ def davis_set(folder):
     save(folder / "gt" / "a.png", np.pad(np.full((20, 20), 255, np.uint8), ((10, 10), (10, 30))))
 
 
+@QUICK
 @pytest.mark.parametrize(("name", "make"), [("coco", coco_set), ("davis", davis_set)])
 def test_other_sets_go_through_a_process_too(tmp_path, name, make):
     make(tmp_path)
@@ -336,8 +336,10 @@ def test_other_sets_go_through_a_process_too(tmp_path, name, make):
 
 
 @pytest.mark.parametrize("form", [settings, canvases])
-def test_the_same_bytes_for_any_number_of_workers(root, form):
-    """From the start and from the middle of an epoch."""
+def test_the_same_bytes_for_any_number_of_workers(root, form, request):
+    """From the start and from the middle of an epoch; with one of the forms the processes start as they do for anybody."""
+    if form is canvases:
+        request.getfixturevalue("quick_processes")
     want = [Stream(form(root)).batch(step) for step in range(9)]
     for count, first in ((0, 0), (1, 0), (2, 4)):
         with closing(Stream(form(root, workers=count)).batches(first)) as batches:
@@ -346,6 +348,7 @@ def test_the_same_bytes_for_any_number_of_workers(root, form):
     assert multiprocessing.active_children() == []
 
 
+@QUICK
 @pytest.mark.parametrize("form", [settings, canvases])
 def test_a_batch_is_put_together_while_the_one_before_is_in_use(root, form, monkeypatch):
     """By a thread, and with processes only."""
@@ -365,27 +368,23 @@ def test_a_batch_is_put_together_while_the_one_before_is_in_use(root, form, monk
     assert made == [threading.main_thread()]
 
 
+def own_processes(root, told):
+    batches = Stream(settings(root, workers=2)).batches()
+    next(batches)
+    told.send([child.pid for child in multiprocessing.active_children()])
+    signal.pause()
+
+
 def test_processes_end_when_their_owner_is_killed(root):
     """No orphans: their pipes close."""
-    code = (
-        "from tests.test_stream import *\n"
-        "if __name__ == '__main__':\n"
-        f"    batches = Stream(settings({str(root)!r}, workers=2)).batches()\n"
-        "    next(batches)\n"
-        "    print(*[child.pid for child in multiprocessing.active_children()], flush=True)\n"
-        "    signal.pause()\n"
-    )
-    here = Path(__file__).parents[1]
-    script = root.parent / "owner.py"
-    script.write_text(code)
-    owner = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(here)}
-    )
-    with owner:
-        pids = [int(pid) for pid in owner.stdout.readline().split()]
-        assert len(pids) == 2
-        ends = [os.pidfd_open(pid) for pid in pids]
-        owner.kill()
+    here, there = multiprocessing.Pipe(duplex=False)
+    owner = begun(own_processes, root, there)
+    there.close()
+    pids = here.recv()
+    assert len(pids) == 2
+    ends = [os.pidfd_open(pid) for pid in pids]
+    owner.kill()
+    owner.join()
     for end in ends:
         assert select.select([end], [], [], 30)[0], "a worker outlived its owner"
         os.close(end)
@@ -433,6 +432,7 @@ def damaged(root, tmp_path):
     return tmp_path
 
 
+@QUICK
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_damaged_picture_stops_the_run_and_is_named(damaged, count):
     stream = Stream(settings(damaged, workers=count))

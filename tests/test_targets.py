@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,8 +12,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +32,10 @@ from hrsam.targets import DamagedTargets, MissingTarget, Targets, build_targets,
 from hrsam.teachers import load_teacher
 from hrsam.weightfile import save
 from tests.builders import photo, small_model
-from tests.processes import assert_gone
+from tests.processes import assert_gone, exit_code
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(targets.__file__).parents[1]
 SIDE = 32
 SIZE = 256 * 2 * 2 * 2  # bytes of a target
 COUNT = 8
@@ -329,36 +327,27 @@ def read_first(content, kind, pictures):
 
 # ---------------------------------------------------------------- what stops a run
 
-KILLED = """
-import multiprocessing, os, signal, sys
-from hrsam.targets import build_targets, find_pictures
-from hrsam.teachers import load_teacher
 
-real, left = os.replace, int(sys.argv[4])
+def killed(pictures, weights, folder, after, processes, told):
+    """Build, and be killed before shard ``after`` gets its name; the file ``told`` gets the numbers of the processes."""
+    real, numbers = os.replace, itertools.count()
 
-def replace(old, new):
-    global left
-    if left == 0:
-        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return real(old, new)
+    def rename(old, new):
+        if next(numbers) == after:
+            told.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(old, new)
 
-os.replace = replace
-build_targets(find_pictures([sys.argv[1]]), load_teacher(sys.argv[2]), sys.argv[3], side=%d, shard_bytes=%d,
-              processes=int(sys.argv[5]))
-"""
+    os.replace = rename
+    build(pictures, load_teacher(weights), folder, processes=processes)
 
 
 @pytest.mark.parametrize(("after", "processes"), [(0, 1), (2, 1), (1, 2)])
 def test_a_killed_run_goes_on_and_leaves_the_same_shards(pictures, teacher, weights, whole, tmp_path, after, processes):
     """Killed with a shard written but not yet in its place, after so many others; its processes end with it."""
-    script = KILLED % (SIDE, 3 * SIZE)
-    command = [sys.executable, "-c", script, str(pictures[0].parent), str(weights), str(tmp_path)]
-    command += [str(after), str(processes)]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=60)
-    assert run.returncode == -signal.SIGKILL, run.stderr
-    workers = run.stdout.split()
+    told = tmp_path / "told"
+    assert exit_code(killed, pictures, weights, tmp_path, after, processes, told, seconds=60) == -signal.SIGKILL
+    workers = told.read_text().split()
     assert len(workers) == (2 if processes == 2 else 0)
     assert_gone(map(int, workers))
     expected = shards(whole)
@@ -451,6 +440,7 @@ def test_processes_change_nothing(pictures, teacher, whole, tmp_path):
     assert shards(tmp_path) == shards(whole)
 
 
+@pytest.mark.usefixtures("quick_processes")
 def test_an_error_in_another_process_comes_back(pictures, teacher, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
@@ -461,7 +451,8 @@ def test_an_error_in_another_process_comes_back(pictures, teacher, tmp_path):
 
 def test_a_process_that_dies_is_an_error(pictures, teacher, tmp_path):
     def kill():
-        while not (children := multiprocessing.active_children()):
+        """One of both: a pool of which one dies while it starts another may wait for ever."""
+        while len(children := multiprocessing.active_children()) < 2:
             begun.wait(0.01)
         children[0].kill()
 

@@ -1,6 +1,5 @@
 """Training on data sets that are read while it runs, as canvases and as whole pictures in packs."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from hrsam.optim import Gradients, Phase
 from hrsam.rollout import ClickRollout
 from hrsam.train import PackedPictures, open_feed, start_model, uploaded
 from tests.builders import photo
+from tests.processes import exit_code
 from tests.test_train import SCRIPT
 from tests.tiny_training import assert_same_logs, assert_same_states, last_state, log_lines, settings
 
@@ -245,6 +245,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("quick_processes")
 @pytest.mark.parametrize(("form", "workers"), CASES)
 def test_a_killed_run_goes_on_to_the_same_last_bit(tmp_path, root, form, workers):
     """Two phases; killed in the second while its pictures are loaded ahead."""
@@ -253,10 +254,7 @@ def test_a_killed_run_goes_on_to_the_same_last_bit(tmp_path, root, form, workers
     straight = form(tmp_path / "straight", root, **changes)
     training.train(straight)
     run = form(tmp_path / "run", root, workers=workers, **changes)
-    process = multiprocessing.get_context("spawn").Process(target=killed_child, args=(run, 5))
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
+    assert exit_code(killed_child, run, 5) == -signal.SIGKILL
     assert log_lines(run)[-1]["step"] == 5
     training.train(run)
     assert_same_states(last_state(run), last_state(straight))

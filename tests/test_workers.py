@@ -15,6 +15,8 @@ import pytest
 from hrsam.data import workers
 from hrsam.data.workers import WorkerError, ahead, one_ahead
 
+QUICK = pytest.mark.usefixtures("quick_processes")
+
 
 def test_results_come_in_order_through_pipes_and_are_not_too_far_ahead():
     asked = []
@@ -53,6 +55,7 @@ def arrays(number):
     }
 
 
+@QUICK
 def test_arrays_come_as_they_are_and_can_be_written_to():
     """Whatever their layout, and however many pipes' fillings they are long."""
     with closing(ahead(arrays, range(5), workers=2, most=3, patience=60, name=str)) as results:
@@ -89,6 +92,7 @@ def freeze(number):
     return number
 
 
+@QUICK
 def test_what_a_function_raises_is_raised_here():
     results = ahead(fail, range(5), workers=1, most=2, patience=60, name=str)
     with pytest.raises(ValueError, match="no 0"):
@@ -100,6 +104,7 @@ def test_what_a_function_raises_is_raised_here():
     assert multiprocessing.active_children() == []
 
 
+@QUICK
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -154,6 +159,7 @@ def test_the_next_item_is_made_while_one_is_in_use_and_no_other():
     assert set(threading.enumerate()) <= before
 
 
+@QUICK
 def test_closing_does_not_wait_for_what_is_being_made():
     """Neither for a process that stands still, however patient one is with it, nor before the first item."""
     for taken in (0, 3):
