@@ -596,7 +596,8 @@ def test_a_click_on_a_large_picture_is_on_the_screen_soon(browser, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_photograph(browser, tmp_path):
-    """``HRSAM_EVAL``: a folder of photographs; the first is opened at the model's full side."""
+    """``HRSAM_EVAL``: a folder of photographs; the first is opened at the model's full side.  ``HRSAM_SHOTS``: a folder for
+    pictures of what was seen."""
     root = os.environ.get("HRSAM_EVAL")
     if not root:
         pytest.skip("set HRSAM_EVAL to a folder of photographs")
@@ -607,18 +608,56 @@ def test_a_real_photograph(browser, tmp_path):
         name = tab.page.evaluate("() => document.title").removesuffix(" – hrsam")
         session = api(Path(root) / name, side=1024)
         height, width = session.mask.shape
-        for revision, (u, v, positive) in enumerate([(0.5, 0.5, True), (0.1, 0.1, False), (0.55, 0.4, True)], start=1):
+        revision = 0
+
+        def done():
+            nonlocal revision
+            revision += 1
+            tab.settle(revision=revision)
+            return tab.commands()[-1]
+
+        def click(u, v, positive=True):
             x, y = int(u * width), int(v * height)
             tab.click(x, y, button="left" if positive else "right")
-            tab.settle(revision=revision)
-            made = tab.commands()[-1]
+            made = done()
             assert abs(made["x"] - x) <= 1 / float(tab.data()["scale"])
             assert made["positive"] == positive
             session.click(made["x"], made["y"], positive)
+
+        click(0.5, 0.5)
+        click(0.1, 0.1, positive=False)
+        click(0.55, 0.4)
+        shot(tab, "whole")
+        tab.page.locator("#undo").click()
+        assert done()["do"] == "undo"
+        session.undo()
+        tab.page.locator("#redo").click()
+        assert done()["do"] == "redo"
+        session.redo()
+        tab.page.locator("[data-tool=box]").click()
+        tab.drag((int(0.2 * width), int(0.1 * height)), (int(0.8 * width), int(0.95 * height)))
+        box = done()
+        assert box["do"] == "box"
+        session.box(*(box[side] for side in ("x0", "y0", "x1", "y1")))
+        tab.page.locator("[data-tool=add]").click()
+        tab.page.mouse.move(*tab.at(0.5 * width, 0.45 * height))
+        for _ in range(6):
+            tab.page.mouse.wheel(0, -120)
+        tab.settle()
+        assert float(tab.data()["scale"]) > 1
+        click(0.5, 0.46)
+        shot(tab, "zoomed")
         assert np.array_equal(tab.saved_mask() > 127, session.mask)
         assert tab.complaints == []
+        for kind, how in (("phone", {"viewport": {"width": 390, "height": 844}}), ("dark", {"color_scheme": "dark"})):
+            shot(Tab(browser, demo, **how), kind)
     finally:
         demo.signal(signal.SIGKILL)
+
+
+def shot(tab, name):
+    if folder := os.environ.get("HRSAM_SHOTS"):
+        tab.page.screenshot(path=Path(folder) / f"{name}.png")
 
 
 def test_every_control_has_a_name_and_the_page_a_language(tabs):
