@@ -2,8 +2,11 @@
 or divisible by 16, and pointers that are."""
 
 import inspect
+import json
 import random
+import runpy
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +118,13 @@ def test_cycle_scan_of_packs(launched, across):
     assert varying(scans) == {"OUTPUTS": {True, False}}
     assert len(launched) == 5
     assert all(len(variants) == 1 for variants in launched.values())
+
+
+def test_the_tool_that_times_the_scan_knows_the_kernel(tmp_path, monkeypatch):
+    tool = Path(cycle_scan.__file__).parents[2] / "tools" / "tune_scan.py"
+    options = "--tokens 20 --channels 8 --states 4 --chunks 2 --registers 0 --forms float32 --seconds 0.001".split()
+    monkeypatch.setattr("sys.argv", [str(tool), *options, "--out", str(tmp_path / "times.json")])
+    runpy.run_path(str(tool), run_name="__main__")
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} == {"F1", "F3"}
+    assert all(row["us"] > 0 for row in rows)
