@@ -123,7 +123,9 @@ def test_cycle_scan_of_packs(launched, across):
 
 def test_the_tool_that_times_the_scan_knows_the_kernel(tmp_path, monkeypatch):
     tool = Path(cycle_scan.__file__).parents[2] / "tools" / "tune_scan.py"
-    options = shlex.split("--tokens 20 --channels 8 --states 4 --chunks 2 --registers 0 --forms float32 --seconds 0.001")
+    options = shlex.split(
+        "--tokens 20 --channels 8 --states 4 --chunks 2 --registers 0 --forms float32 --seconds 0.001"
+    )
     monkeypatch.setattr("sys.argv", [str(tool), *options, "--out", str(tmp_path / "times.json")])
     runpy.run_path(str(tool), run_name="__main__")
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
