@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,13 +19,19 @@ from hrsam.models.encoder import Encoder, EncoderConfig
 from hrsam.tables import forget
 
 PRESETS, BATCHES = ("hrsam_b", "hrsam_pp_b"), (4, 8)
+DRAWS, QUICK_DRAWS = (
+    6,
+    2,
+)  # batches of each size, one after the other: what padding wastes differs much between single ones
 SIDES, QUICK_SIDES, ASPECTS = (640, 2048), (32, 96), (0.5, 1.0)
+Result = tuple[list[Tensor], dict[str, Tensor]]
 PACKED, NEW, PADDED = "packed", "packed, a new layout each step", "padded to the largest"
 NOTE = (
     "forward and backward of the encoder for a given gradient of the features; long sides uniform in 640…2048 pixels (32…96 in "
-    "a quick run), short sides ½ to 1 of them, upright or lying; useful: share of the padded batch that is picture; 'a new "
-    "layout' lets every call make its index tables, as the steps of a training do; padded pictures are another function of the "
-    "same weights, which sees the padding, so only packed results are checked; operations are three times those of the forward "
+    "a quick run), short sides ½ to 1 of them, upright or lying; times are of several batches, one after the other, the "
+    "first of which is checked; useful: share of the padded batches that is picture; 'a new layout' lets every call make its "
+    "index tables, as the steps of a training do; padded pictures are another function of the same weights, which sees the "
+    "padding, so only packed results are checked; operations are three times those of the forward "
     "pass without padding, for all rows"
 )
 
@@ -48,37 +55,36 @@ def bench_packing(
         assert isinstance(encoder, Encoder)
         assert isinstance(config, EncoderConfig)
         for batch in batches:
-            sizes = picture_sizes(batch, QUICK_SIDES if quick else SIDES, config.patch)
-            g = torch.Generator().manual_seed(models.SEED)
-            xs = [torch.randn(3, *size, generator=g).to(device) for size in sizes]
-            grids = [(height // config.patch, width // config.patch) for height, width in sizes]
-            ws = [torch.randn(config.out_channels, *grid, generator=g).to(device) for grid in grids]
+            drawn = [
+                picture_sizes(batch, QUICK_SIDES if quick else SIDES, config.patch, draw)
+                for draw in range(QUICK_DRAWS if quick else DRAWS)
+            ]
+            work = [_inputs(sizes, config, device) for sizes in drawn]
             runs = {
-                PACKED: partial(step, encoder, xs, ws),
-                NEW: partial(new_layout, encoder, xs, ws),
-                PADDED: partial(padded_step, encoder, xs, ws),
+                name: partial(_one_after_the_other, one, encoder, work)
+                for name, one in ((PACKED, step), (NEW, new_layout), (PADDED, padded_step))
             }
-            height, width = (max(sides) for sides in zip(*sizes))
-            useful = sum(h * w for h, w in sizes) / (batch * height * width)
+            cells = sum(h * w for sizes in drawn for h, w in sizes)
+            useful = cells / sum(batch * math.prod(map(max, zip(*sizes))) for sizes in drawn)
             first = len(record.rows)
             record.time(
-                {"preset": preset, "pictures": batch, "useful": round(useful, 3)},
+                {"preset": preset, "pictures": batch, "batches": len(drawn), "useful": round(useful, 3)},
                 {name: models.under(kind, device, run, grad=True) for name, run in runs.items()},
-                check=partial(_check, record, encoder, xs, ws, kind, f"{preset} {batch}"),
+                check=partial(_check, record, encoder, *work[0], kind, f"{preset} {batch}"),
                 baselines=(PADDED,),
                 optional=(PADDED,),
-                flops=3 * sum(encode_cost(config, *size).flops for size in sizes),
+                flops=3 * sum(encode_cost(config, *size).flops for sizes in drawn for size in sizes),
                 dtype=kind,
             )
             for row in record.rows[first:]:
-                row["pictures_per_s"] = float(f"{1000 * batch / row['median_ms']:.4g}")
+                row["pictures_per_s"] = float(f"{1000 * batch * len(drawn) / row['median_ms']:.4g}")
         del model, encoder  # one at a time on the device
     return record.done(dtype=dtype, batches=list(batches))
 
 
-def picture_sizes(count: int, sides: tuple[int, int], patch: int) -> list[tuple[int, int]]:
-    """(height, width) in whole patches, the same for every machine."""
-    rng = random.Random(models.SEED)
+def picture_sizes(count: int, sides: tuple[int, int], patch: int, draw: int = 0) -> list[tuple[int, int]]:
+    """(height, width) in whole patches, the same for every machine; ``draw``: which batch of such pictures."""
+    rng = random.Random(models.SEED + draw)
     sizes = []
     for _ in range(count):
         long = rng.uniform(*sides)
@@ -87,18 +93,40 @@ def picture_sizes(count: int, sides: tuple[int, int], patch: int) -> list[tuple[
     return sizes
 
 
-def step(encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _inputs(
+    sizes: Sequence[tuple[int, int]], config: EncoderConfig, device: torch.device
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Random pictures of these sizes, and gradients for their features."""
+    g = torch.Generator().manual_seed(models.SEED)
+    xs = [torch.randn(3, *size, generator=g).to(device) for size in sizes]
+    grids = [(height // config.patch, width // config.patch) for height, width in sizes]
+    return xs, [torch.randn(config.out_channels, *grid, generator=g).to(device) for grid in grids]
+
+
+def _one_after_the_other(
+    one: Callable[[Encoder, Sequence[Tensor], Sequence[Tensor]], Result],
+    encoder: Encoder,
+    work: Sequence[tuple[list[Tensor], list[Tensor]]],
+) -> Result:
+    """All batches; what is found for the first."""
+    found = one(encoder, *work[0])
+    for batch in work[1:]:
+        one(encoder, *batch)
+    return found
+
+
+def step(encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> Result:
     """Features of each picture and the gradient of Σ features · ``ws`` for each weight."""
     return _gradients(encoder, encoder.forward_packed(xs), ws)
 
 
-def new_layout(encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def new_layout(encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> Result:
     """:func:`step` as if no such pictures had been seen before."""
     forget()
     return step(encoder, xs, ws)
 
 
-def padded_step(encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def padded_step(encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> Result:
     """One batch of the largest height and width; gradients come from the same cells."""
     height, width = (max(x.shape[axis] for x in xs) for axis in (1, 2))
     whole = torch.stack([F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in xs])
@@ -106,9 +134,7 @@ def padded_step(encoder: Encoder, xs: Sequence[Tensor], ws: Sequence[Tensor]) ->
     return _gradients(encoder, features, ws)
 
 
-def _gradients(
-    encoder: Encoder, features: Sequence[Tensor], ws: Sequence[Tensor]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _gradients(encoder: Encoder, features: Sequence[Tensor], ws: Sequence[Tensor]) -> Result:
     named = dict(encoder.named_parameters())
     given = [w.to(f.dtype) for f, w in zip(features, ws)]
     grads = torch.autograd.grad(features, list(named.values()), given, materialize_grads=True)
@@ -138,9 +164,7 @@ def _check(
         record.gate.check_all(f"{name}: {run}, gradients", grads, high[1], low[1], factor=3.0)
 
 
-def _one_by_one(
-    encoder: nn.Module, xs: Sequence[Tensor], ws: Sequence[Tensor]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _one_by_one(encoder: nn.Module, xs: Sequence[Tensor], ws: Sequence[Tensor]) -> Result:
     named = {name.removeprefix("encoder."): p for name, p in encoder.named_parameters()}  # a flow holds an encoder
     maps, total = [], {name: torch.zeros_like(p) for name, p in named.items()}
     for x, w in zip(xs, ws):
