@@ -45,14 +45,14 @@ def scan(token, pack):
     types |= {"tokens": "i32", "chunks": "*i32", "first_chunk": "*i32"}
     sizes = {"N": 32, "NP": 32, "R": 3, "CHUNK": s.CHUNK, "AHEAD": s.CHAIN_AHEAD, "channels": 192, "PACK": pack}
     sizes |= {"u_row": 384, "r_row": 256, "B_row": 256, "C_row": 256, "w_row": 192}
-    for name in ("chain_states", "chain_adjoints"):
-        check(getattr(s.programs, name), sizes | {"BC": s.CHAIN_LANES}, types, "*fp32", s.CHAIN_WARPS, note=token)
+    for kernel in (s.programs.chain_states, s.gradients.chain_adjoints):
+        check(kernel, sizes | {"BC": s.CHAIN_LANES}, types, "*fp32", s.CHAIN_WARPS, note=token)
     for outputs in (False, True):
         flags = {"BC": s.SCAN_LANES, "OUTPUTS": outputs, "FETCH": outputs}
         check(s.programs.scan_chunks, sizes | flags, types, "*fp32", 1, note=token)
     check(s.programs.enter_chunks, sizes | {"BC": s.ENTER_LANES}, types, "*fp32", s.ENTER_WARPS, note=token)
-    for name in ("local_adjoints", "gradients"):
-        check(getattr(s.programs, name), sizes | {"BC": s.LANES}, types, "*fp32", 1, note=token)
+    for kernel in (s.gradients.local_adjoints, s.gradients.gradients):
+        check(kernel, sizes | {"BC": s.LANES}, types, "*fp32", 1, note=token)
 
 INDEX = "q_tokens k_tokens q_places k_places q_labels k_labels full_ptr full_idx part_ptr part_idx groups".split()
 def attend(dtype, D, **flags):

@@ -59,7 +59,8 @@ def launched(monkeypatch):
     for module, names in (
         (attend.programs, "attend attend_groups"),
         (attend.gradients, "key_gradients query_gradients"),
-        (cycle_scan.programs, "scan_chunks enter_chunks chain_states local_adjoints chain_adjoints gradients"),
+        (cycle_scan.programs, "scan_chunks enter_chunks chain_states"),
+        (cycle_scan.gradients, "local_adjoints chain_adjoints gradients"),
     ):
         for name in names.split():
             monkeypatch.setattr(module, name, Launch(getattr(module, name)))

@@ -90,10 +90,10 @@ def run_kernels() -> None:
 
 def kernel_names() -> list[str]:
     """Every kernel that :mod:`hrsam.kernels` launches."""
-    from hrsam.kernels import attend_device, attend_gradients, cycle_scan_device, distance
+    from hrsam.kernels import attend_device, attend_gradients, cycle_scan_device, cycle_scan_gradients, distance
 
     found = set()
-    for module in (attend_device, attend_gradients, cycle_scan_device, distance):
+    for module in (attend_device, attend_gradients, cycle_scan_device, cycle_scan_gradients, distance):
         for name, value in vars(module).items():
             if hasattr(value, "arg_names") and not name.startswith("_") and value.__module__ == module.__name__:
                 found.add(name)

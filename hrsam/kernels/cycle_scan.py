@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from hrsam.kernels import cycle_scan_device as programs
+from hrsam.kernels import cycle_scan_gradients as gradients
 from hrsam.kernels import interpreting
 from hrsam.tables import as_table, cached, pieces, to_device
 
@@ -157,12 +158,12 @@ def _backward(
         d_u, d_r = empty(*u.shape, dtype=u.dtype), empty(*r.shape, dtype=r.dtype)
         d_B, d_C, d_A_log = empty(blocks, *B.shape), empty(blocks, *C.shape), torch.empty_like(entry)
         d_dt_bias, d_D, d_total = (torch.empty_like(elapsed) for _ in range(3))
-        programs.local_adjoints[grid](w, r, C, dt_bias, A_log, chunks, local, **rows, **sizes)
-        programs.chain_adjoints[chain_grid](
+        gradients.local_adjoints[grid](w, r, C, dt_bias, A_log, chunks, local, **rows, **sizes)
+        gradients.chain_adjoints[chain_grid](
             local, elapsed, A_log, gamma, first_chunk, entry, prefix,
             leave, suffix, d_last, d_A_log, d_gamma, d_delta, **shared, **_chain(states),
         )  # fmt: skip
-        programs.gradients[grid](
+        gradients.gradients[grid](
             w, u, r, B, C, dt_bias, A_log, D, gamma, chunks, entry, prefix, closing, leave, suffix, d_last, d_delta,
             d_u, d_r, d_B, d_C, d_dt_bias, d_A_log, d_D, d_total, u.shape[0],
             **rows, u_row=u.stride(0), B_row=B.stride(0), R=cycles, **sizes,
