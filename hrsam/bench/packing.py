@@ -19,10 +19,8 @@ from hrsam.models.encoder import Encoder, EncoderConfig
 from hrsam.tables import forget
 
 PRESETS, BATCHES = ("hrsam_b", "hrsam_pp_b"), (4, 8)
-DRAWS, QUICK_DRAWS = (
-    6,
-    2,
-)  # batches of each size, one after the other: what padding wastes differs much between single ones
+# Batches of each size, one after the other: what padding wastes differs much between single ones.
+DRAWS, QUICK_DRAWS = 6, 2
 SIDES, QUICK_SIDES, ASPECTS = (640, 2048), (32, 96), (0.5, 1.0)
 Result = tuple[list[Tensor], dict[str, Tensor]]
 PACKED, NEW, PADDED = "packed", "packed, a new layout each step", "padded to the largest"
@@ -45,7 +43,7 @@ def bench_packing(
     quick: bool = False,
     seconds: float = 1.0,
 ) -> dict[str, Any]:
-    """Images a second at equal pictures a step.  Raises ``BenchError`` for a wrong result."""
+    """Images a second at equal pictures a step, over several steps.  Raises ``BenchError`` for a wrong result."""
     kind, batches = dtype_of(dtype), tuple(batches) or ((3,) if quick else BATCHES)
     record = Record("packing", device, quick=quick, seconds=seconds)
     record.notes.append(NOTE)
