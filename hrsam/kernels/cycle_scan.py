@@ -20,9 +20,8 @@ from hrsam.tables import as_table, cached, pieces, to_device
 
 CHUNK = 8  # tokens of a chunk of the backward pass; a lane of B3 keeps 5 values a token and channel in registers
 LANES = 64  # channels of a program of B1 and B3, one warp
-CHUNKS = 128  # of a long sequence in the forward pass,
+CHUNKS = 88  # of a long sequence in the forward pass,
 SHORTEST = 16  # and tokens of a chunk of a short one
-SCAN_LANES = 64  # channels of a program of F1 and F3, one warp
 ENTER_LANES, ENTER_WARPS = 32, 2  # channels and warps of a program between F2 and F3
 CHAIN_LANES, CHAIN_WARPS = 16, 4  # channels and warps of F2 and B2, whose programs hold all states
 CHAIN_AHEAD = 8  # chunks that F2 and B2 load before they use them
@@ -30,7 +29,7 @@ CHAIN_AHEAD = 8  # chunks that F2 and B2 load before they use them
 
 def chunk_length(tokens: int) -> int:
     """Tokens of a chunk of the forward pass of a sequence of ``tokens``: many chunks keep a GPU busy, few keep F2 short.
-    With 128 of them the programs of 768 channels fill an H100 once.
+    With 88 of them the programs of 768 channels fill an H100 once.
 
     It depends on nothing else, so that a result does not depend on what else is packed.
     """
@@ -82,15 +81,22 @@ def _states(inputs, first_chunk, sizes):
 
 def _scan_chunks(inputs, states, elapsed, y, sizes, outputs):
     u, r, B, C = inputs[:4]
-    programs.scan_chunks[triton.cdiv(sizes["channels"], SCAN_LANES), len(inputs[8])](
+    lanes, registers = one_warp(outputs, B.element_size())
+    nvidia = torch.version.cuda is not None and not interpreting()
+    programs.scan_chunks[triton.cdiv(sizes["channels"], lanes), len(inputs[8])](
         *inputs, states, elapsed, y, u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0), **sizes,
-        BC=SCAN_LANES, PACK=_pack(sizes["N"], B, C), OUTPUTS=outputs, FETCH=outputs and _can_fetch(), num_warps=1,
+        BC=lanes, PACK=_pack(sizes["N"], B, C), OUTPUTS=outputs, FETCH=outputs and nvidia, num_warps=1,
+        maxnreg=registers if nvidia else None,
     )  # fmt: skip
 
 
-def _can_fetch() -> bool:
-    """Whether there is NVIDIA's cache to be told what comes next; F1 waits for less and is slower with it."""
-    return torch.version.cuda is not None and not interpreting()
+def one_warp(outputs: bool, element_size: int) -> tuple[int, int | None]:
+    """Channels of a program of F1, or with ``outputs`` of F3, and the most registers that a thread of it may have.
+
+    16 warps to a multiprocessor of one channel a lane, or 8 of two channels, which share what they load; the compiler would
+    take fewer registers for those and load a row's elements just before it uses them.  Found with ``tools/tune_scan.py``.
+    """
+    return (64, 254) if outputs or element_size == 4 else (32, None)
 
 
 def _pack(states: int, *rows: Tensor) -> int:

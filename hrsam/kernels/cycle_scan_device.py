@@ -16,10 +16,19 @@ _FETCH = tl.constexpr("prefetch.global.L1 [$1]; mov.b32 $0, 0;")
 
 @triton.jit
 def _softplus(x):
+    """To 1.4e-7 of its value.  log1p(y) / y on [0, 1] is the minimax polynomial of degree 9: a logarithm that keeps to the
+    relative error of a small y takes a division and three times the instructions."""
     y = tl.exp(-tl.abs(x))
-    up = 1.0 + y  # log1p(y): the quotient repairs the rounding of 1 + y
-    log1p = tl.where(up == 1.0, y, tl.log(up) * (y / tl.where(up == 1.0, 1.0, up - 1.0)))
-    return tl.maximum(x, 0.0) + log1p
+    p = 0.019851463 - 0.003244026 * y
+    p = p * y - 0.056959536
+    p = p * y + 0.10603655
+    p = p * y - 0.15305592
+    p = p * y + 0.19675939
+    p = p * y - 0.24954134
+    p = p * y + 0.33329964
+    p = p * y - 0.49999902
+    p = p * y + 1.0
+    return tl.maximum(x, 0.0) + p * y
 
 
 @triton.jit
