@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument(
         "--registers", type=int, nargs="+", default=[0, 254], help="of a thread; 0: as the compiler likes"
     )
-    parser.add_argument("--lanes", type=int, nargs="+", default=[32, 64], help="channels of a program, one warp")
+    parser.add_argument("--lanes", type=int, nargs="+", default=[32, 64], help="channels of a warp")
+    parser.add_argument("--warps", type=int, nargs="+", default=[1], help="of a program")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--beside", type=Path, nargs="*", default=[])
     parser.add_argument("--most", type=float, default=1e-5)
@@ -55,12 +56,12 @@ def main() -> None:
         inputs = drawn(tokens, args.channels, args.states, *FORMS[form], device)
         for name, outputs in (("F1", False), ("F3", True)):
             runs: dict[str, Callable[[], Tensor]] = {}
-            for version, lanes, registers in itertools.product(versions, args.lanes, args.registers):
-                runs[f"{version}, {lanes} lanes, {registers or 'free'} registers"] = partial(
-                    scan, versions[version], inputs, tokens, chunks, outputs, lanes, registers or None
+            for version, lanes, warps, registers in itertools.product(versions, args.lanes, args.warps, args.registers):
+                runs[f"{version}, {warps} of {lanes} lanes, {registers or 'free'} registers"] = partial(
+                    scan, versions[version], inputs, tokens, chunks, outputs, lanes, warps, registers or None
                 )
             off: dict[str, float] = {}
-            times = compare(runs, seconds=args.seconds, device=device, check=partial(differences, off))
+            times = compare(runs, seconds=args.seconds, device=device, graphs=True, check=partial(differences, off))
             for called, time in times.items():
                 rows.append({"tokens": tokens, "form": form, "chunks": chunks, "kernel": name, "how": called})
                 rows[-1] |= {"us": round(1000 * time.median_ms, 1), "off": off[called]}
@@ -93,7 +94,14 @@ def drawn(tokens: int, channels: int, states: int, kind: torch.dtype, shared: to
 
 
 def scan(
-    program: Any, inputs: tuple[Tensor, ...], tokens: int, count: int, outputs: bool, lanes: int, registers: int | None
+    program: Any,
+    inputs: tuple[Tensor, ...],
+    tokens: int,
+    count: int,
+    outputs: bool,
+    lanes: int,
+    warps: int,
+    registers: int | None,
 ):
     """F1's states, or F3's outputs from states that are all one."""
     u, r, B, C, _, A_log, _, gamma = inputs
@@ -101,10 +109,10 @@ def scan(
     chunks, _ = scan_tables((0, tokens), -(-tokens // count), device)
     entered = torch.ones(len(chunks), states, channels, device=device)
     elapsed, y = torch.empty(len(chunks), channels, device=device), torch.empty_like(u)
-    program.scan_chunks[-(-channels // lanes), len(chunks)](
+    program.scan_chunks[-(-channels // (lanes * warps)), len(chunks)](
         *inputs, chunks, entered, elapsed, y, u_row=u.stride(0), r_row=r.stride(0), B_row=B.stride(0), C_row=C.stride(0),
-        channels=channels, N=states, R=gamma.shape[1], BC=lanes, PACK=8 // B.element_size(), OUTPUTS=outputs,
-        FETCH=outputs and not interpreting(), num_warps=1, maxnreg=registers,
+        channels=channels, N=states, R=gamma.shape[1], BC=lanes * warps, PACK=8 // B.element_size(), OUTPUTS=outputs,
+        FETCH=outputs and not interpreting(), num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return y if outputs else entered
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,18 +49,23 @@ def bench_encoder(
         runs = {OPTIMIZED: optimized, EAGER: encoder, **flows}
         for side in sides:
             x = models.pixels(batch, side, device)
+            calls: dict[str, Callable[[], Any]] = {name: partial(run, x) for name, run in runs.items()}
+            if device.type == "cuda":
+                baseline = next(iter(flows))
+                calls[models.GRAPH.format(baseline)] = models.Replayed(calls[baseline])
             record.time(
                 {"preset": preset, "side": side, "pass": "forward"},
                 {
-                    name: models.under(torch.float32 if name == OPTIMIZED else kind, device, partial(run, x))
-                    for name, run in runs.items()
+                    name: models.under(torch.float32 if name == OPTIMIZED else kind, device, call)
+                    for name, call in calls.items()
                 },
                 check=partial(_check, record, encoder, x, tuple(flows), f"{preset} {side}"),
                 baselines=tuple(flows),
-                optional=tuple(flows),
+                optional=tuple(calls)[2:],
                 flops=batch * flops(config, side),
                 dtype=kind,
             )
+            del calls
         del model, optimized, flows, runs  # one at a time on the device
     if peers:
         _peers(record, sides, batch, kind, quick)
@@ -75,8 +80,8 @@ def _check(
     plain, kind = models.yardstick(encoder, record.device)
     with models.exactly(), torch.no_grad():
         high = plain(x.to(kind))
-    for ours in (OPTIMIZED, EAGER):
-        record.gate.check(f"{name}: {ours}", results[ours], high, low)
+    for run in (OPTIMIZED, EAGER, *(graph for graph in map(models.GRAPH.format, flows) if graph in results)):
+        record.gate.check(f"{name}: {run}", results[run], high, low)
 
 
 def _peers(record: Record, sides: Sequence[int], batch: int, kind: torch.dtype, quick: bool) -> None:

@@ -89,13 +89,14 @@ def _first_calls(function: Callable[[], Any], cuda: bool) -> tuple[Any, float | 
     return result, (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def _graphed(function: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
+def graphed(function: Callable[[], Any]) -> tuple[Callable[[], Any], Any]:
     """``function`` as a CUDA graph, and what a replay of it writes to."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # autograd's streams and workspaces must be there before the capture
         function()
     torch.cuda.current_stream().wait_stream(side)
+    torch.clear_autocast_cache()  # whose copies of weights do not live as long as the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = function()
@@ -132,7 +133,7 @@ def compare(
                 results[name], peaks[name] = _first_calls(function, clock.cuda)
                 if graphs and clock.cuda:
                     results[name] = None
-                    running[name], results[name] = _graphed(function)
+                    running[name], results[name] = graphed(function)
         except RuntimeError as err:
             if name not in optional:
                 if isinstance(err, torch.OutOfMemoryError):
@@ -199,12 +200,17 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with ``-dirty`` for changed files; ``None`` for an installed package."""
+    """The checkout's commit, with ``-dirty`` for files changed since, but for reports, which a run of several benchmarks
+    writes one after the other; ``None`` for an installed package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return _output(["git", "--no-optional-locks", "-C", str(root), *describe])
+    git = ["git", "--no-optional-locks", "-C", str(root)]
+    commit = _output([*git, "rev-parse", "HEAD"])
+    changed = _output(
+        [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)tools/reports"]
+    )
+    return f"{commit}-dirty" if commit and changed else commit
 
 
 def _output(command: Sequence[str]) -> str | None:

@@ -59,12 +59,15 @@ def bench_train_step(
                     runs[GRAPHED] = Graphed(compiled(encoder), x, w, kind)
             ours = tuple(runs)
             runs |= {name: partial(step, flow, x, w) for name, flow in flows.items()}
+            if device.type == "cuda":
+                baseline = next(iter(flows))
+                runs[models.GRAPH.format(baseline)] = Graphed(copy.deepcopy(flows[baseline]), x, w, kind)
             record.time(
                 {"preset": preset, "side": side, "pass": "forward and backward"},
                 {name: models.under(kind, device, run, grad=True) for name, run in runs.items()},
                 check=partial(_check, record, encoder, x, w, ours, tuple(flows), f"{preset} {side}"),
                 baselines=tuple(flows),
-                optional=(*flows, GRAPHED),
+                optional=(*flows, GRAPHED, *map(models.GRAPH.format, flows)),
                 flops=3 * batch * flops(config, side),
                 dtype=kind,
             )
@@ -95,7 +98,7 @@ def compiled(encoder: Encoder) -> Encoder:
 class Graphed:
     """:func:`step` of one encoder for one input as two CUDA graphs, captured in the first call."""
 
-    def __init__(self, encoder: Encoder, x: Tensor, w: Tensor, dtype: torch.dtype):
+    def __init__(self, encoder: nn.Module, x: Tensor, w: Tensor, dtype: torch.dtype):
         self.encoder, self.x, self.w, self.dtype = encoder, x, w, dtype
         self.captured = False
 
@@ -123,7 +126,7 @@ def _check(
     plain, kind = models.yardstick(encoder, record.device)
     with models.exactly():
         high = step(plain, x.to(kind), w.to(kind))
-    for run in ours:
+    for run in (*ours, *map(models.GRAPH.format, flows)):
         if run in results:
             record.gate.check(f"{name}: {run}, features", results[run][0], high[0], low[0])
             record.gate.check_all(f"{name}: {run}, gradients", results[run][1], high[1], low[1], factor=3.0)
