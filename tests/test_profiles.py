@@ -8,6 +8,7 @@ import pytest
 TOOLS = Path(__file__).parent.parent / "tools"
 UNITS = {
     "ID": "",
+    "Host Name": "",
     "Kernel Name": "",
     "gpu__time_duration.sum": "ns",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "%",
@@ -21,7 +22,10 @@ UNITS |= {
 def printed(kernels):
     """As ``ncu --csv --page raw`` prints launches of ``kernels`` by name and nanoseconds."""
     rows = [UNITS, UNITS.values()]
-    rows += [[i, f"{name}(int)", f"{time:,}", "48.6", "70.25", "1", "3"] for i, (name, time) in enumerate(kernels)]
+    rows += [
+        [i, "127.0.0.1", f"{name}(int)", f"{time:,}", "48.6", "70.25", "1", "3"]
+        for i, (name, time) in enumerate(kernels)
+    ]
     return ["==PROF== Connected", *(",".join(f'"{value}"' for value in row) for row in rows)]
 
 

@@ -46,6 +46,7 @@ MEASURED = {
     "warps_a_scheduler": "smsp__warps_active.avg.per_cycle_active",
     "registers": "launch__registers_per_thread",
 }
+NUMBER = re.compile(r"^\d[\d,]*(\.\d+)?$")
 PIPE = re.compile(r"^sm__inst_executed_pipe_(\w+)\.avg\.pct_of_peak_sustained_active$")
 STALL = re.compile(r"^smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio$")
 TO_GHZ, TO_US = {"Ghz": 1.0, "Mhz": 1e-3, "hz": 1e-9}, {"us": 1.0, "ns": 1e-3, "ms": 1e3}
@@ -124,7 +125,7 @@ def kernels_of(lines: Iterable[str]) -> list[dict[str, Any]]:
 def measures(launch: dict[str, str], unit: dict[str, str]) -> dict[str, Any]:
     """One launch: :data:`MEASURED`, pipes by their share of what they can take, and the reasons that warps wait for by their
     share of a warp's time."""
-    number = {name: float(value.replace(",", "")) for name, value in launch.items() if re.fullmatch(r"[\d.,]+", value)}
+    number = {name: float(value.replace(",", "")) for name, value in launch.items() if NUMBER.match(value)}
     row: dict[str, Any] = {"kernel": launch["Kernel Name"].split("(")[0].strip()}
     for label, metric in MEASURED.items():
         scale = {"us": TO_US, "clock_ghz": TO_GHZ}.get(label, {}).get(unit.get(metric, ""), 1.0)

@@ -189,7 +189,11 @@ def encoder() -> str:
         "| peak memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    peers = []
     for (preset, side), rows in grouped(report, "preset", "side").items():
+        if "ours optimized" not in rows:
+            peers += [f"{name} takes {row['median_ms']:.1f} ms at {side} px" for name, row in rows.items()]
+            continue
         ours = rows["ours optimized"]
         names = "ours optimized", "ours eager", "reference flow, mamba scan", "reference flow, mamba scan, CUDA graph"
         times = [rows[name]["median_ms"] for name in names]
@@ -198,7 +202,19 @@ def encoder() -> str:
             f"| `{preset}` | {side} px | " + " | ".join(f"{ms:.1f} ms" for ms in times) + f" | {ratios} "
             f"| ≥ {ENCODER_AIMS[preset][side]} | {ours['tflops']:.0f} | {ours['peak_gib']:.1f} GiB |"
         )
-    return "\n".join([*lines, "", f"{report['dtype']}, batch 1. {measured(report)}"])
+    told = "; ".join([f"{report['dtype']}, batch 1", *peers])
+    return "\n".join([*lines, "", f"{told}. {measured(report)}"])
+
+
+def share_of_time() -> str:
+    """Kernel time of an optimized encoder by kind."""
+    report = read("profile_encoder_gpu")
+    kinds = list(report["rows"][0]["kinds"])
+    lines = [f"| kernels of one forward pass | {' | '.join(kinds)} | all |", "|---|" + "---|" * (len(kinds) + 1)]
+    for row in report["rows"]:
+        times = [*row["kinds"].values(), row["kernel_ms"]]
+        lines.append(f"| `{row['preset']}`, {row['side']} px | {' | '.join(f'{ms:.2f} ms' for ms in times)} |")
+    return "\n".join([*lines, "", f"{report['dtype']}, batch 1, commit {report['commit'][:7]}. {made(report)}"])
 
 
 def click() -> str:
@@ -283,6 +299,7 @@ TABLES = {
     "page": page,
     "refined": refined,
     "encoder": encoder,
+    "share_of_time": share_of_time,
     "click": click,
     "operations": operations,
     "training": training,
