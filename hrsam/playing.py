@@ -15,9 +15,9 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,14 @@ from typing import Any
 import torch
 
 from hrsam.data.index import Dataset, Item
+from hrsam.data.workers import WorkerError, ahead
 from hrsam.evaluation import Protocol, play_together, summary
 from hrsam.segmenters import Segmenter
 from hrsam.traces import Trace, head_line, in_order, read_traces, write_traces
 
 logger = logging.getLogger("hrsam")
+
+PATIENCE = 3600.0  # seconds for one sample in another process
 
 Given = dict[str, Trace] | None
 Work = tuple[Dataset, Segmenter, Protocol, Given]
@@ -105,20 +108,34 @@ def _here(work: tuple[Any, ...], batches: Sequence[Sequence[Item]]) -> Iterator[
 
 
 def _in_processes(work: tuple[Any, ...], batches: Sequence[Sequence[Item]], count: int) -> Iterator[Trace]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, _start_process, work) as pool:
-        try:
-            for future in as_completed([pool.submit(_play, items) for items in batches]):
-                yield from future.result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "a process died, perhaps for lack of memory; run the same command again, with fewer --processes"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    patience = PATIENCE * max(map(len, batches))
+    results = ahead(
+        _Playing(work), batches, workers=count, most=2 * count, patience=patience, name=lambda items: items[0].name
+    )
+    try:
+        with closing(results):
+            for traces in results:
+                yield from traces
+    except WorkerError as err:
+        raise ValueError(
+            f"{err}, perhaps for lack of memory; run the same command again, with fewer --processes"
+        ) from None
 
 
-_work: Work  # of this process
+@dataclass(frozen=True)
+class _Playing:
+    """What a process does with each batch; it makes its segmenter with the first."""
+
+    work: tuple[Any, ...]
+
+    def __call__(self, items: Sequence[Item]) -> list[Trace]:
+        if _work is None:
+            end_with_parent()
+            _start(*self.work)
+        return _play(items)
+
+
+_work: Work | None = None  # of this process
 _at_once: int  # samples this process plays in step
 
 
@@ -128,11 +145,6 @@ def _start(
     global _work, _at_once
     _use_threads(threads)
     _work, _at_once = (dataset, make(), protocol, given), batch
-
-
-def _start_process(*work: Any) -> None:
-    end_with_parent()
-    _start(*work)
 
 
 def end_with_parent() -> None:
@@ -148,6 +160,7 @@ def end_with_parent() -> None:
 def _play(items: Sequence[Item]) -> list[Trace]:
     """Play a batch; when memory does not suffice, in halves of it, and so are later ones."""
     global _at_once
+    assert _work is not None
     dataset, segmenter, protocol, given = _work
     with ThreadPoolExecutor(min(len(items), os.cpu_count() or 1)) as pool:
         samples = list(pool.map(dataset.load, items))

@@ -9,16 +9,15 @@ they hold is not computed again.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from hrsam.data.folders import SUFFIXES
+from hrsam.data.workers import WorkerError, ahead
 from hrsam.images import read_image
 from hrsam.models.model import ModelConfig
 from hrsam.playing import end_with_parent, rank, world
@@ -60,6 +60,7 @@ __all__ = [
 logger = logging.getLogger("hrsam")
 
 SHARD_BYTES = 128 * 2**20  # 64 embeddings of a 1024-pixel side in 16 bits; what a killed run computes again at most
+PATIENCE = 3600.0  # seconds for one picture in another process
 READERS = 2  # threads that read pictures ahead of the teacher
 ABANDONED = 3600.0  # seconds after which a temporary file is nobody's
 
@@ -300,21 +301,21 @@ def _here(teacher: Teacher, kind: TargetKind, paths: Sequence[Path], threads: in
 
 
 def _in_processes(teacher: Teacher, kind: TargetKind, paths: Sequence[Path], count: int, threads: int) -> Computed:
-    context = multiprocessing.get_context("spawn")
-    work = (teacher.path, str(teacher.model.device), teacher.precision, kind, threads)
-    with ProcessPoolExecutor(count, context, _start, work) as pool:
-        try:
-            for key, raw in _ahead(pool, _compute, paths, 2 * count):
+    work = _Teaching(teacher.path, str(teacher.model.device), teacher.precision, kind, threads)
+    results = ahead(work, paths, workers=count, most=2 * count, patience=PATIENCE, name=str)
+    try:
+        with closing(results):
+            for key, raw in results:
                 yield key, torch.from_numpy(raw).view(STORED[kind.stored][1])
-        except BrokenProcessPool:
-            raise ValueError(
-                "a process died, perhaps for lack of memory; run the same command again, with fewer processes"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    except WorkerError as err:
+        raise ValueError(
+            f"{err}, perhaps for lack of memory; run the same command again, with fewer processes"
+        ) from None
 
 
-def _ahead(pool: Executor, work: Callable[[Given], Made], items: Iterable[Given], most: int) -> Iterator[Made]:
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Given], Made], items: Iterable[Given], most: int
+) -> Iterator[Made]:
     """``map`` in order that is at most ``most`` items ahead of who asks, so that results do not pile up."""
     waiting = deque()
     for item in items:
@@ -325,23 +326,30 @@ def _ahead(pool: Executor, work: Callable[[Given], Made], items: Iterable[Given]
         yield waiting.popleft().result()
 
 
-_work: tuple[Teacher, TargetKind]  # of this process
+@dataclass(frozen=True)
+class _Teaching:
+    """What a process does with each picture; it loads the teacher with the first."""
+
+    teacher: Path
+    device: str
+    precision: torch.dtype
+    kind: TargetKind
+    threads: int
+
+    def __call__(self, path: Path) -> tuple[str, np.ndarray]:
+        """Key and embedding as bytes, which any process can be sent without shared memory."""
+        teacher = _loaded(self)
+        if teacher.sha256 != self.kind.teacher:
+            raise ValueError(f"{teacher.path} was replaced while its targets were computed; run the same command again")
+        _, key, pixels = _read(path, self.kind)
+        return key, _teach(teacher, self.kind, path, pixels).contiguous().view(torch.uint8).numpy()
 
 
-def _start(path: Path, device: str, precision: torch.dtype, kind: TargetKind, threads: int) -> None:
-    global _work
+@cache
+def _loaded(work: _Teaching) -> Teacher:
     end_with_parent()
-    torch.set_num_threads(threads)
-    _work = load_teacher(path, device, precision), kind
-
-
-def _compute(path: Path) -> tuple[str, np.ndarray]:
-    """Key and embedding as bytes, which any process can be sent without shared memory."""
-    teacher, kind = _work
-    if teacher.sha256 != kind.teacher:
-        raise ValueError(f"{teacher.path} was replaced while its targets were computed; run the same command again")
-    _, key, pixels = _read(path, kind)
-    return key, _teach(teacher, kind, path, pixels).contiguous().view(torch.uint8).numpy()
+    torch.set_num_threads(work.threads)
+    return load_teacher(work.teacher, work.device, work.precision)
 
 
 @contextmanager

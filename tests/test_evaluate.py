@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +18,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from hrsam import evaluate as run
-from hrsam import playing
 from hrsam.cli import main
 from hrsam.data.datasets import open_dataset
 from hrsam.evaluate import Evaluation, choices, choose_protocol, compare_files, evaluate
@@ -230,27 +231,54 @@ def test_replay_scores_another_model_on_the_same_clicks(what, tmp_path):
         evaluate(replace(what, root=str(shorter), out=str(tmp_path / "x"), replay=traces))
 
 
-def make_slowly():
+def make_slowly(told):
+    (told / str(os.getpid())).touch()
     time.sleep(3600)
 
 
-def killed(root, parts, told):
-    """Play with two processes, and be killed while they begin; the file ``told`` gets their numbers."""
+def killed(root, parts, told, seen):
+    """Play with two processes, and be killed when they have begun, or are ``seen`` by their files in the folder ``told``."""
 
-    def submitted(futures):
-        told.write_text(" ".join(str(child.pid) for child in multiprocessing.active_children()))
+    def kill():
+        while len(multiprocessing.active_children()) < 2 or (seen and len(list(told.iterdir())) < 2):
+            time.sleep(0.01)
+        for child in multiprocessing.active_children():
+            (told / str(child.pid)).touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    playing.as_completed = submitted
-    play_all(open_dataset("pairs", root), make_slowly, Protocol(), {}, parts, processes=2)
+    threading.Thread(target=kill).start()
+    play_all(open_dataset("pairs", root), partial(make_slowly, told), Protocol(), {}, parts, processes=2)
 
 
-def test_processes_end_with_the_one_that_is_killed(root, tmp_path):
+@pytest.mark.parametrize("seen", [False, True])
+def test_processes_end_with_the_one_that_is_killed(root, tmp_path, seen):
     told = tmp_path / "told"
-    assert exit_code(killed, root, tmp_path / "parts", told, seconds=60) == -signal.SIGKILL
-    workers = told.read_text().split()
+    told.mkdir()
+    assert exit_code(killed, root, tmp_path / "parts", told, seen, seconds=120) == -signal.SIGKILL
+    workers = [path.name for path in told.iterdir()]
     assert len(workers) == 2
     assert_gone(map(int, workers))
+
+
+@pytest.mark.usefixtures("quick_processes")
+def test_a_process_that_dies_is_named(root, tmp_path):
+    told = tmp_path / "told"
+    told.mkdir()
+
+    def kill():
+        while not (found := list(told.iterdir())):
+            time.sleep(0.01)
+        os.kill(int(found[0].name), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    dataset = open_dataset("pairs", root)
+    with pytest.raises(
+        ValueError, match=r"process \d+ was killed by SIGKILL while it worked on set/\d+, perhaps for lack of memory"
+    ):
+        play_all(dataset, partial(make_slowly, told), Protocol(), {}, tmp_path / "parts", processes=2)
+    killer.join()
+    assert multiprocessing.active_children() == []
 
 
 def test_a_bad_weight_file_is_refused_before_processes_start(what, weights, tmp_path):

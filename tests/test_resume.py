@@ -441,14 +441,14 @@ def test_reports_that_cannot_be_closed_hide_no_other_failure(tmp_path, bank, mon
 
 def dead(number, batch):
     if number == 2:
-        raise WorkerError("process 7 was killed by SIGKILL while it loaded cat.jpg")
+        raise WorkerError("process 7 was killed by SIGKILL while it worked on cat.jpg")
     return batch
 
 
 def test_a_dead_worker_has_a_code_of_its_own(tmp_path, bank, monkeypatch):
     on_batch(monkeypatch, dead)
     message = failed(settings(tmp_path), bank, WORKER)
-    assert message == "process 7 was killed by SIGKILL while it loaded cat.jpg; the checkpoint of step 1 is kept"
+    assert message == "process 7 was killed by SIGKILL while it worked on cat.jpg; the checkpoint of step 1 is kept"
 
 
 # ---------------------------------------------------------------- the command

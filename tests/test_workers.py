@@ -108,9 +108,9 @@ def test_what_a_function_raises_is_raised_here():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (die, r"process \d+ was killed by SIGKILL while it loaded picture 3"),
-        (freeze, r"process \d+ has not answered for 1 seconds while it loaded picture 3"),
-        (leave, r"process \d+ ended with code 7 while it loaded picture 0"),
+        (die, r"process \d+ was killed by SIGKILL while it worked on picture 3"),
+        (freeze, r"process \d+ has not answered for 1 seconds while it worked on picture 3"),
+        (leave, r"process \d+ ended with code 7 while it worked on picture 0"),
     ],
 )
 def test_a_process_that_fails_is_named_with_its_picture(function, message):

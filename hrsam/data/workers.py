@@ -32,7 +32,7 @@ STOP = 5.0  # seconds for a killed process to be gone
 
 
 class WorkerError(RuntimeError):
-    """A process that loads data died or stands still; the message names it and its task."""
+    """A process died or stands still; the message names it and its task."""
 
 
 def ahead(
@@ -113,7 +113,7 @@ def _answer(future: Future[Any], staff: list[_Worker], broken: Future[None], pat
         waited, busy = waited + TICK if now is busy else 0.0, now
         if busy is not None and waited >= patience:
             raise WorkerError(
-                f"process {busy.process.pid} has not answered for {patience:g} seconds while it loaded {busy.what}; "
+                f"process {busy.process.pid} has not answered for {patience:g} seconds while it worked on {busy.what}; "
                 "look at the file and the disk, or raise the patience"
             )
     return broken.result() if broken.done() else future.result()
@@ -160,7 +160,10 @@ class _Worker:
         except (EOFError, OSError):
             self._join()
             if not self._stopped:
-                _set(broken, WorkerError(f"{self._end()} while it loaded {self.what or 'its modules'}"))
+                _set(
+                    broken,
+                    WorkerError(f"{self._end()} while it {'worked on ' + self.what if self.what else 'started'}"),
+                )
         finally:
             self.body.close()
             self.here.close()
