@@ -7,9 +7,7 @@ before decoding, one typed error.  Only JPEG, PNG, WebP, TIFF and BMP are opened
 from __future__ import annotations
 
 import io
-import os
 import threading
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +21,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+from hrsam.checkpoint import write_atomically
 
 MAX_PIXELS = 400_000_000
 """Largest picture read by default, in pixels; reading one takes about 8 bytes of memory a pixel."""
@@ -352,23 +352,4 @@ def write_png(path: str | Path, array: np.ndarray) -> None:
     channels = array.shape[2:]
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in ((), (3,), (4,)) or not array.size:
         raise ValueError(f"got {array.dtype} {array.shape}; give (H, W) bool or (H, W[, 3 or 4]) uint8, not empty")
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            Image.fromarray(np.ascontiguousarray(array)).save(file, "PNG")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened for this
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    write_atomically(path, lambda file: Image.fromarray(np.ascontiguousarray(array)).save(file, "PNG"))

@@ -14,8 +14,8 @@ import hrsam
 ROOT = Path(hrsam.__file__).parents[1]
 # Rooms from the ground up.  A room may import from rows below its own, and from its own files.
 HOUSE = (
-    (1, "tables"),
-    (1, "_compat checkpoint config frame images kernels layout metrics overlay rle"),
+    (1, "checkpoint tables"),
+    (1, "_compat config frame images kernels layout metrics overlay rle"),
     (1, "losses mask optim progress pyramid"),
     (1, "run"),
     (2, "ops data"),
