@@ -146,26 +146,30 @@ def test_the_public_names():
 PROBE = """
 import os, sys, time
 before, started = dict(os.environ), time.process_time()
+import torch
+needed = time.process_time() - started
 import hrsam
 seconds = time.process_time() - started
 heavy = "triton timm torchvision fastapi transformers accelerate cv2 pycocotools".split()
-print(seconds)
+print(seconds, needed)
 print([name for name in heavy if name in sys.modules])
 print([name for name in os.environ.keys() | before.keys() if os.environ.get(name) != before.get(name)])
 """
 
 
 def test_import_is_quick_light_and_without_side_effects(tmp_path):
+    """In two seconds, or on a slow machine little more than PyTorch takes there."""
     fresh = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    seconds = []
-    while len(seconds) < 3 and not any(s <= 2 for s in seconds):  # another process may take the processor
+    quick = []
+    while len(quick) < 3 and not any(quick):  # another process may take the processor
         run = subprocess.run(
             [sys.executable, "-c", PROBE], cwd=tmp_path, env=fresh, capture_output=True, text=True, check=True
         )
         took, heavy, changed = run.stdout.splitlines()
-        seconds.append(float(took))
+        whole, torch = map(float, took.split())
+        quick.append(whole <= 2 or whole <= 1.4 * torch)
         assert heavy == "[]"
         assert changed == "[]"
         assert run.stderr == ""
-    assert min(seconds) <= 2
+    assert any(quick)
     assert list(tmp_path.iterdir()) == []
