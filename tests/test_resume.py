@@ -283,8 +283,12 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, bank, monkeypatch):
         return batch
 
     on_batch(monkeypatch, ask)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(settings(tmp_path, steps=4), bank=bank)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without one
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            training.train(settings(tmp_path, steps=4), bank=bank)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert last_state(settings(tmp_path))["step"] == 1
 
 
